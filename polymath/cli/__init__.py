@@ -1,0 +1,1 @@
+"""The `polymath` command: where the gateway and the training meet, above both."""

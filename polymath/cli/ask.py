@@ -1,0 +1,100 @@
+"""`polymath chat` and `polymath route`: the experts and the router without a server."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polymath.cli.options import DEFAULT_CONFIG, AsJson, ConfigOption
+
+if TYPE_CHECKING:
+    from polymath.gateway import ChatService
+
+__all__ = ["chat", "route"]
+
+MAX_TOKENS = 512
+
+
+def route(
+    text: Annotated[str, typer.Argument(help="A prompt.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Say which expert would answer a prompt, and why."""
+    from polymath.gateway import load_config, open_router
+
+    decision = open_router(load_config(config)).route([{"role": "user", "content": text}])
+    if as_json:
+        typer.echo(json.dumps(decision.to_dict(), ensure_ascii=False))
+        return
+    typer.echo(
+        f"{decision.expert}  (domain {decision.domain}, confidence {decision.confidence:.2f}, "
+        f"by {decision.source}, {decision.latency_ms:.1f} ms)"
+    )
+    for domain, share in sorted(decision.why.domains.items(), key=lambda item: -item[1]):
+        typer.echo(f"  {share:6.1%}  {domain}")
+    for near in decision.why.nearest:
+        typer.echo(f"  near {near.similarity:.2f}  [{near.domain}] {' '.join(near.text.split())}")
+
+
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="One prompt; none starts a talk.")] = None,
+    model: Annotated[str, typer.Option(help="polymath, an expert or a base model.")] = "polymath",
+    max_tokens: Annotated[int, typer.Option(min=1)] = MAX_TOKENS,
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Talk to the experts in the terminal; an empty line or Ctrl-D ends the talk."""
+    import asyncio
+
+    asyncio.run(_chat(config, model, max_tokens, prompt))
+
+
+async def _chat(config: ConfigOption, model: str, max_tokens: int, prompt: str | None) -> None:
+    from polymath.cli.progress import conversion_progress
+    from polymath.experts import Engine, build_catalog, load_models
+    from polymath.gateway import ChatService, load_config, prepare
+
+    with conversion_progress() as progress:
+        prepared = prepare(load_config(config), progress)
+    settings = prepared.settings
+    models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
+    engine = Engine(models, settings.engine)
+    catalog = build_catalog(settings.base_models, settings.experts)
+    service = ChatService(catalog, prepared.router, engine, settings.engine)
+    messages: list[dict[str, str]] = []
+    try:
+        while text := prompt or _question():
+            messages.append({"role": "user", "content": text})
+            answer = await _answer(service, model, messages, max_tokens)
+            messages.append({"role": "assistant", "content": answer})
+            if prompt:
+                return
+    finally:
+        engine.close()
+
+
+def _question() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+async def _answer(
+    service: ChatService, model: str, messages: list[dict[str, str]], max_tokens: int
+) -> str:
+    from polymath.gateway import ChatRequest
+
+    request = ChatRequest.model_validate(
+        {"model": model, "messages": messages, "max_tokens": max_tokens}
+    )
+    answer = await service.answer(request)
+    typer.secho(f"[{answer.expert.name}] ", dim=True, nl=False)
+    pieces = []
+    async for chunk in answer.completions[0]:
+        typer.echo(chunk.text, nl=False)
+        pieces.append(chunk.text)
+    typer.echo()
+    return "".join(pieces)

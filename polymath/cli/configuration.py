@@ -1,0 +1,69 @@
+"""`polymath check`, `polymath schema` and `polymath experts`: the config file itself."""
+
+import json
+
+import typer
+
+from polymath.cli.options import DEFAULT_CONFIG, AsJson, ConfigOption
+
+__all__ = ["check", "experts_app", "schema"]
+
+experts_app = typer.Typer(help="The experts of a config.", no_args_is_help=True)
+
+
+def check(config: ConfigOption = DEFAULT_CONFIG) -> None:
+    """Check the config, the adapters and the router, as `serve` does before it listens."""
+    from polymath.cli.progress import conversion_progress
+    from polymath.gateway import load_config, prepare
+
+    with conversion_progress() as progress:
+        prepared = prepare(load_config(config), progress)
+    experts = ", ".join(prepared.settings.experts)
+    typer.echo(f"{config}: in order; experts: {experts}")
+
+
+def schema() -> None:
+    """Print the JSON Schema of the config file, for editors."""
+    from polymath.gateway import Settings
+
+    document = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Settings.model_json_schema(),
+    }
+    typer.echo(json.dumps(document, indent=2))
+
+
+@experts_app.command("list")
+def list_experts(config: ConfigOption = DEFAULT_CONFIG, as_json: AsJson = False) -> None:
+    """List the experts and base models of a config."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from polymath.experts import build_catalog
+    from polymath.gateway import load_config
+
+    settings = load_config(config).settings
+    catalog = build_catalog(settings.base_models, settings.experts)
+    rows = [
+        {
+            "name": name,
+            "kind": expert.settings.kind,
+            "base_model": expert.settings.base_model,
+            "domains": list(expert.domains),
+            "description": expert.settings.description,
+        }
+        for name, expert in catalog.items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("name", "kind", "base model", "domains", "description")
+    for row in rows:
+        table.add_row(
+            str(row["name"]),
+            str(row["kind"]),
+            str(row["base_model"]),
+            ", ".join(row["domains"]),
+            str(row["description"]),
+        )
+    Console().print(table)

@@ -1,0 +1,31 @@
+"""`polymath serve`."""
+
+from typing import Annotated
+
+import typer
+
+from polymath.cli.options import DEFAULT_CONFIG, ConfigOption
+
+__all__ = ["serve"]
+
+
+def serve(
+    config: ConfigOption = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option(help="Instead of server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
+) -> None:
+    """Check the config, prepare the models, then answer requests."""
+    from dataclasses import replace
+
+    from polymath.cli.progress import conversion_progress
+    from polymath.gateway import load_config, prepare
+    from polymath.gateway import serve as run
+
+    file = load_config(config)
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    server = file.settings.server.model_copy(update=given)
+    file = replace(file, settings=file.settings.model_copy(update={"server": server}))
+    with conversion_progress() as progress:
+        prepared = prepare(file, progress)
+    typer.echo(f"polymath: http://{server.host}:{server.port}/v1", err=True)
+    run(prepared)

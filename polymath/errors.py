@@ -1,0 +1,148 @@
+"""The one error tree: every failure that a user can cause or see, as an OpenAI error body.
+
+The wire format is the error object of the OpenAI API reference:
+`{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+__all__ = [
+    "AdapterError",
+    "ConfigError",
+    "ContextLengthExceeded",
+    "DataError",
+    "GenerationFailed",
+    "InvalidRequest",
+    "ModelNotFound",
+    "ModelSourceError",
+    "NotReady",
+    "Overloaded",
+    "PolymathError",
+    "RequestTooLarge",
+    "RouterArtifactError",
+    "UnsupportedParameter",
+]
+
+
+class PolymathError(Exception):
+    """What was wrong, where, and what to do about it.
+
+    Args:
+        message: one or more full sentences for the user.
+        param: the request field or config key that caused it.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "server_error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The OpenAI error body."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that go with the error response."""
+        return {}
+
+
+class InvalidRequest(PolymathError):
+    code = "invalid_value"
+    type = "invalid_request_error"
+    status = 400
+
+
+class UnsupportedParameter(InvalidRequest):
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class RequestTooLarge(InvalidRequest):
+    code = "request_too_large"
+    status = 413
+
+
+class ModelNotFound(InvalidRequest):
+    code = "model_not_found"
+    status = 404
+
+
+class Overloaded(PolymathError):
+    """The queue is full; the client should come back after `retry_after` seconds."""
+
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(self.retry_after)}
+
+
+class NotReady(PolymathError):
+    code = "not_ready"
+    status = 503
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "1"}
+
+
+class GenerationFailed(PolymathError):
+    """A decode group raised; the other groups go on."""
+
+    code = "generation_failed"
+
+
+class ConfigError(PolymathError):
+    """Everything that is wrong with a config file, one line per problem."""
+
+    code = "invalid_config"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class DataError(PolymathError):
+    """A data file, or a row of one, that cannot be used; names the file and the line."""
+
+    code = "invalid_data"
+
+
+class ModelSourceError(PolymathError):
+    """A base model or encoder that cannot be found, fetched or converted."""
+
+    code = "model_unavailable"
+
+
+class AdapterError(PolymathError):
+    """An adapter folder that is missing, corrupt, unsafe or made for another base model."""
+
+    code = "invalid_adapter"
+
+
+class RouterArtifactError(PolymathError):
+    """A router folder that is missing, corrupt or made for another encoder."""
+
+    code = "invalid_router"

@@ -1,0 +1,58 @@
+"""Base models, adapters, the decode engine and logit combination. Imports nothing of ours but errors
+and artifact folders; torch is loaded with the first model, not with this package."""
+
+from polymath.experts.adapter import AdapterFile, read_adapter
+from polymath.experts.answer_text import AnswerText
+from polymath.experts.catalog import Expert, build_catalog, check_adapter, expert_row, load_models
+from polymath.experts.chat import Message, frame_conversation, render_chat
+from polymath.experts.combiner import Combiner, Select
+from polymath.experts.engine import Completion, Engine
+from polymath.experts.group import Chunk, DecodeGroup, FinishReason, Row, ScoredToken
+from polymath.experts.lora_model import LoraModel
+from polymath.experts.model_files import Progress, prepare_base_model, weight_shapes
+from polymath.experts.sampling import Sampler, SamplingParams
+from polymath.experts.settings import (
+    BaseModelSettings,
+    EngineSettings,
+    ExampleTurn,
+    ExpertSettings,
+    Price,
+    SamplingDefaults,
+)
+from polymath.experts.vocabulary import Vocabulary
+
+__all__ = [
+    "AdapterFile",
+    "AnswerText",
+    "BaseModelSettings",
+    "Chunk",
+    "Combiner",
+    "Completion",
+    "DecodeGroup",
+    "Engine",
+    "EngineSettings",
+    "ExampleTurn",
+    "Expert",
+    "ExpertSettings",
+    "FinishReason",
+    "LoraModel",
+    "Message",
+    "Price",
+    "Progress",
+    "Row",
+    "Sampler",
+    "SamplingDefaults",
+    "SamplingParams",
+    "ScoredToken",
+    "Select",
+    "Vocabulary",
+    "build_catalog",
+    "check_adapter",
+    "expert_row",
+    "frame_conversation",
+    "load_models",
+    "prepare_base_model",
+    "read_adapter",
+    "render_chat",
+    "weight_shapes",
+]

@@ -1,0 +1,98 @@
+"""Experts by name, and what their weights need before they can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from polymath.experts.adapter import read_adapter
+from polymath.experts.chat import Message, frame_conversation, render_chat
+from polymath.experts.group import Row
+from polymath.experts.lora_model import LoraModel
+from polymath.experts.model_files import weight_shapes
+from polymath.experts.settings import (
+    BaseModelSettings,
+    EngineSettings,
+    ExpertSettings,
+    SamplingDefaults,
+)
+
+__all__ = ["Expert", "build_catalog", "check_adapter", "expert_row", "load_models"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """Somebody who can answer: an adapter on a base model, or a base model.
+
+    Attributes:
+        domains: router domains that it answers; none for a bare base model.
+    """
+
+    name: str
+    settings: ExpertSettings
+    domains: tuple[str, ...]
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """Values for what a request leaves open."""
+        return self.settings.sampling
+
+
+def build_catalog(
+    base_models: Mapping[str, BaseModelSettings], experts: Mapping[str, ExpertSettings]
+) -> dict[str, Expert]:
+    """All experts by name; every base model is one too, under its own name."""
+    catalog = {
+        name: Expert(name, settings, settings.domains or (name,))
+        for name, settings in experts.items()
+    }
+    for name, base in base_models.items():
+        bare = ExpertSettings(kind="base", base_model=name, description=base.description)
+        catalog[name] = Expert(name, bare, ())
+    return catalog
+
+
+def check_adapter(adapter: Path, base_folder: Path) -> None:
+    """Hold an adapter against the base model that it is configured for.
+
+    Raises:
+        AdapterError: it does not fit, is corrupt, or is pickled.
+    """
+    read_adapter(adapter, weight_shapes(base_folder))
+
+
+def load_models(
+    folders: Mapping[str, Path],
+    base_models: Mapping[str, BaseModelSettings],
+    experts: Mapping[str, ExpertSettings],
+    engine: EngineSettings,
+) -> dict[str, LoraModel]:
+    """Load every base model with the adapters that stand on it; adapters go by expert name."""
+    return {
+        name: LoraModel(
+            folder,
+            {
+                expert: settings.adapter
+                for expert, settings in experts.items()
+                if settings.base_model == name and settings.adapter is not None
+            },
+            engine,
+            base_models[name].max_model_len,
+        )
+        for name, folder in folders.items()
+    }
+
+
+def expert_row(expert: Expert, models: Mapping[str, LoraModel], messages: list[Message]) -> Row:
+    """The row by which an expert answers a conversation.
+
+    Raises:
+        InvalidRequest: the model's chat template refuses the conversation.
+    """
+    settings = expert.settings
+    few_shot = [turn.model_dump() for turn in settings.few_shot]
+    framed = frame_conversation(messages, settings.system_prompt, few_shot)
+    prompt = render_chat(models[settings.base_model].tokenizer, framed)
+    adapter = expert.name if settings.adapter is not None else None
+    return Row(settings.base_model, adapter, tuple(prompt))

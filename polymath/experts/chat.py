@@ -1,0 +1,95 @@
+"""Conversations as tokens, through the base model's own chat template.
+
+An expert may put a system prompt and constant example turns (URIAL, Lin et al. 2023) in front of
+every conversation. Text that a user writes never becomes a control token: where it spells one
+(`<|im_end|>`), it is encoded as the characters that it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from polymath.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Message", "frame_conversation", "render_chat"]
+
+Message = Mapping[str, str]
+"""One turn in Hugging Face's chat format: `role` and `content`."""
+
+# Private-use characters mark where a text stands in the rendered template.
+_MARK = "\ue0f0{}\ue0f1"
+
+
+def frame_conversation(
+    messages: Sequence[Message],
+    system_prompt: str | None = None,
+    few_shot: Sequence[Message] = (),
+) -> list[Message]:
+    """The conversation as one expert sees it: system prompt, constant examples, then the turns.
+
+    The expert's system prompt stands before the client's own, in one system message.
+    """
+    given = [message["content"] for message in messages if message["role"] == "system"]
+    system = "\n\n".join(([system_prompt] if system_prompt else []) + given)
+    turns = [message for message in messages if message["role"] != "system"]
+    head: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*head, *few_shot, *turns]
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Token ids of a conversation under the tokenizer's chat template.
+
+    Raises:
+        InvalidRequest: the template refuses the conversation (roles in a wrong order, say).
+    """
+    if _spells_control_token(tokenizer, messages):
+        return _render_with_plain_texts(tokenizer, messages, add_generation_prompt)
+    text = _apply_template(tokenizer, messages, add_generation_prompt)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    conversation: list[dict[str, Any]] = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise InvalidRequest(
+            f"The model's chat template refuses this conversation: {error}", param="messages"
+        ) from error
+    return str(text)
+
+
+def _spells_control_token(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> bool:
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return any(token in message["content"] for message in messages for token in control)
+
+
+def _render_with_plain_texts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+) -> list[int]:
+    marks = [_MARK.format(index) for index in range(len(messages))]
+    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    rest = _apply_template(tokenizer, marked, add_generation_prompt)
+    ids: list[int] = []
+    for message, mark in zip(messages, marks, strict=True):
+        frame, _, rest = rest.partition(mark)
+        ids += tokenizer.encode(frame, add_special_tokens=False)
+        ids += tokenizer.encode(
+            message["content"], add_special_tokens=False, split_special_tokens=True
+        )
+    return ids + list(tokenizer.encode(rest, add_special_tokens=False))

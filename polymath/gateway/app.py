@@ -1,0 +1,215 @@
+"""The HTTP endpoint: OpenAI's chat completions and models, routing decisions, probes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, FastAPI, Request
+from starlette.responses import Response
+
+from polymath import __version__
+from polymath.errors import ModelNotFound, NotReady
+from polymath.experts import Engine, Expert, build_catalog, load_models
+from polymath.gateway.completion import ChatCompletion, decision_headers
+from polymath.gateway.failures import handle_failures
+from polymath.gateway.middleware import BodyLimit, RequestId
+from polymath.gateway.prepare import Prepared
+from polymath.gateway.protocol import ChatRequest, RouteRequest
+from polymath.gateway.service import ChatService, decide
+from polymath.gateway.settings import ROUTED_MODELS
+from polymath.gateway.streaming import EventStream, unless_disconnected
+
+__all__ = ["Gateway", "create_app"]
+
+logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that went away; nobody sees it but the log."""
+
+
+class Gateway:
+    """What the endpoints share: the experts, the router and, once loaded, the engine.
+
+    Args:
+        on_failure: called if the models cannot be loaded, so that the server can end.
+    """
+
+    def __init__(self, prepared: Prepared, on_failure: Callable[[], None] = lambda: None) -> None:
+        settings = prepared.settings
+        self.catalog = build_catalog(settings.base_models, settings.experts)
+        self.router = prepared.router
+        self.max_body_bytes = settings.server.max_body_bytes
+        self.started = int(time.time())
+        self.failure: Exception | None = None
+        self._prepared = prepared
+        self._on_failure = on_failure
+        self._engine: Engine | None = None
+        self._service: ChatService | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the models are loaded."""
+        return self._service is not None
+
+    @property
+    def service(self) -> ChatService:
+        """Answers requests.
+
+        Raises:
+            NotReady: the models are still loading.
+        """
+        if self._service is None:
+            raise NotReady("The models are still loading; retry in a few seconds.")
+        return self._service
+
+    async def load(self) -> None:
+        """Load the models; the server answers probes meanwhile."""
+        settings = self._prepared.settings
+        try:
+            models = await asyncio.to_thread(
+                load_models,
+                self._prepared.folders,
+                settings.base_models,
+                settings.experts,
+                settings.engine,
+            )
+        except Exception as error:  # ends the server: `serve` prints it and exits non-zero
+            logger.exception("the models cannot be loaded")
+            self.failure = error
+            self._on_failure()
+            return
+        self._engine = Engine(models, settings.engine)
+        self._service = ChatService(self.catalog, self.router, self._engine, settings.engine)
+        logger.info("ready: %s", ", ".join(self.catalog))
+
+    def close(self) -> None:
+        """End the engine."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def model_card(self, name: str) -> dict[str, Any]:
+        """One entry of `GET /v1/models`.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        if name in ROUTED_MODELS:
+            about: dict[str, Any] = {
+                "kind": "router",
+                "description": "The router chooses the expert.",
+            }
+        elif (expert := self.catalog.get(name)) is not None:
+            about = _about(expert)
+        else:
+            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "polymath",
+            "polymath": about,
+        }
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The ASGI application of one gateway; its models load in the background."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(gateway.load())
+        yield
+        loading.cancel()
+        with suppress(asyncio.CancelledError):
+            await loading
+        await asyncio.to_thread(gateway.close)
+
+    app = FastAPI(title="Polymath", version=__version__, lifespan=lifespan)
+    app.state.gateway = gateway
+    app.add_middleware(BodyLimit, max_bytes=gateway.max_body_bytes)
+    app.add_middleware(RequestId)
+    handle_failures(app)
+    _add_endpoints(app)
+    return app
+
+
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+Shared = Annotated[Gateway, Depends(_gateway)]
+
+
+def _add_endpoints(app: FastAPI) -> None:
+    app.post("/v1/chat/completions", response_model=None)(chat_completions)
+    app.post("/v1/route", response_model=None)(route)
+    app.get("/v1/models", response_model=None)(list_models)
+    app.get("/v1/models/{name:path}", response_model=None)(retrieve_model)
+    app.get("/healthz", response_model=None)(healthz)
+    app.get("/readyz", response_model=None)(readyz)
+
+
+async def chat_completions(body: ChatRequest, request: Request, gateway: Shared) -> Response:
+    """Answer a conversation, whole or as a stream."""
+    answer = await gateway.service.answer(body)
+    completion = ChatCompletion(body, answer)
+    headers = decision_headers(answer.decision)
+    if body.stream:
+        return EventStream(completion.chunks(), answer.close, headers)
+    try:
+        whole = await unless_disconnected(request.receive, completion.whole())
+    finally:
+        answer.close()
+    if whole is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return _json(whole, headers=headers)
+
+
+async def route(body: RouteRequest, gateway: Shared) -> Response:
+    """The decision alone, without generation."""
+    decision = await asyncio.to_thread(
+        decide, body.model, body.conversation(), gateway.catalog, gateway.router
+    )
+    return _json(decision.to_dict(), headers=decision_headers(decision))
+
+
+async def list_models(gateway: Shared) -> Response:
+    """Experts, base models and the routed model."""
+    names = [ROUTED_MODELS[0], *gateway.catalog]
+    return _json({"object": "list", "data": [gateway.model_card(name) for name in names]})
+
+
+async def retrieve_model(name: str, gateway: Shared) -> Response:
+    """One model."""
+    return _json(gateway.model_card(name))
+
+
+async def healthz() -> Response:
+    """The process is alive."""
+    return _json({"status": "alive"})
+
+
+async def readyz(gateway: Shared) -> Response:
+    """The models are loaded."""
+    if gateway.ready:
+        return _json({"status": "ready"})
+    return _json({"status": "loading"}, status=NotReady.status)
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(body), status, headers, "application/json")
+
+
+def _about(expert: Expert) -> dict[str, Any]:
+    settings = expert.settings
+    return {
+        "kind": settings.kind,
+        "description": settings.description,
+        "base_model": settings.base_model,
+        "domains": list(expert.domains),
+        "price": settings.price.model_dump() if settings.price else None,
+    }

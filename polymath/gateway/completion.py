@@ -1,0 +1,163 @@
+"""Running completions as OpenAI's chat completion object, at once or chunk by chunk."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from polymath.experts import Chunk, Completion, ScoredToken
+from polymath.gateway.protocol import ChatRequest
+from polymath.gateway.service import Answer
+from polymath.router import RouteDecision
+
+__all__ = ["ChatCompletion", "decision_headers"]
+
+
+class ChatCompletion:
+    """One answer on its way into the wire format."""
+
+    def __init__(self, request: ChatRequest, answer: Answer) -> None:
+        self._request = request
+        self._answer = answer
+        self._completion_tokens = 0
+        self._common = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": answer.expert.name,
+            "system_fingerprint": f"polymath-{answer.expert.settings.base_model}",
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The `chat.completion` object, when the last choice is finished."""
+        choices = [_Choice(index) for index in range(self._request.n)]
+        async for index, chunk in _merged(self._answer.completions):
+            self._completion_tokens += 1
+            choices[index].add(chunk)
+        body = {
+            **self._common,
+            "object": "chat.completion",
+            "choices": [choice.to_dict(self._request.logprobs) for choice in choices],
+            "usage": self._usage(),
+            "polymath": self._answer.decision.to_dict(),
+        }
+        if self._request.metadata is not None:
+            body["metadata"] = self._request.metadata
+        return body
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """The `chat.completion.chunk` objects: roles, texts, finish reasons, usage if wanted."""
+        for index in range(self._request.n):
+            first = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+            yield self._chunk(index, first, polymath=self._answer.decision.to_dict())
+        async for index, chunk in _merged(self._answer.completions):
+            self._completion_tokens += 1
+            if chunk.text or (self._request.logprobs and chunk.token):
+                yield self._chunk(index, {"delta": {"content": chunk.text}}, [chunk.token])
+            if chunk.finish_reason is not None:
+                yield self._chunk(index, {"delta": {}, "finish_reason": chunk.finish_reason})
+        if self._wants_usage:
+            yield self._event([], usage=self._usage())
+
+    @property
+    def _wants_usage(self) -> bool:
+        options = self._request.stream_options
+        return options is not None and options.include_usage
+
+    def _chunk(
+        self,
+        index: int,
+        choice: Mapping[str, Any],
+        tokens: Sequence[ScoredToken | None] = (),
+        **extra: Any,
+    ) -> dict[str, Any]:
+        scored = [token for token in tokens if token is not None]
+        logprobs = _logprobs(scored) if self._request.logprobs and scored else None
+        body = {"index": index, "finish_reason": None, "logprobs": logprobs, **choice}
+        return self._event([body], **extra)
+
+    def _event(self, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+        usage = {"usage": None} if self._wants_usage else {}
+        kind = {"object": "chat.completion.chunk"}
+        return {**self._common, **kind, "choices": choices, **usage, **extra}
+
+    def _usage(self) -> dict[str, int]:
+        prompt, completion = self._answer.prompt_tokens, self._completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+class _Choice:
+    """One choice of a whole answer, as its chunks come in."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._text: list[str] = []
+        self._tokens: list[ScoredToken] = []
+        self._finish_reason: str | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self._text.append(chunk.text)
+        self._finish_reason = chunk.finish_reason
+        if chunk.token is not None:
+            self._tokens.append(chunk.token)
+
+    def to_dict(self, logprobs: bool) -> dict[str, Any]:
+        return {
+            "index": self._index,
+            "message": {"role": "assistant", "content": "".join(self._text), "refusal": None},
+            "logprobs": _logprobs(self._tokens) if logprobs else None,
+            "finish_reason": self._finish_reason,
+        }
+
+
+def decision_headers(decision: RouteDecision) -> dict[str, str]:
+    """The headers that say who answered; characters outside ASCII are percent-encoded."""
+    return {
+        "x-polymath-expert": quote(decision.expert, safe="/:"),
+        "x-polymath-domain": quote(decision.domain or "none", safe=" "),
+        "x-polymath-confidence": f"{decision.confidence:.4f}",
+        "x-polymath-source": decision.source,
+    }
+
+
+async def _merged(completions: Sequence[Completion]) -> AsyncIterator[tuple[int, Chunk]]:
+    """Chunks of all completions with their index, in the order in which they come."""
+
+    async def following(index: int) -> tuple[int, Chunk] | None:
+        chunk = await anext(completions[index], None)
+        return None if chunk is None else (index, chunk)
+
+    pending = {asyncio.create_task(following(index)) for index in range(len(completions))}
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (arrived := task.result()) is not None:
+                    pending.add(asyncio.create_task(following(arrived[0])))
+                    yield arrived
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+def _logprobs(tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+    return {
+        "content": [
+            {**_logprob(token), "top_logprobs": [_logprob(other) for other in token.top]}
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def _logprob(token: ScoredToken) -> dict[str, Any]:
+    return {
+        "token": token.piece.decode("utf-8", "replace"),
+        "logprob": token.logprob,
+        "bytes": list(token.piece),
+    }

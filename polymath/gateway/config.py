@@ -1,0 +1,249 @@
+"""`polymath.yaml` to settings; everything that is wrong with it at once, each with its line.
+
+`${VAR}` and `${VAR:-default}` are expanded in values, after YAML has been parsed, so that a value
+of the environment can never change the structure of the file. `$${` stands for a literal `${`.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from polymath.errors import ConfigError
+from polymath.gateway.settings import ROUTED_MODELS, Settings
+
+__all__ = ["ConfigFile", "KeyPath", "load_config", "read_config"]
+
+KeyPath = tuple[str | int, ...]
+
+VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """A valid config and where its keys stand.
+
+    Attributes:
+        settings: with paths taken from the file's folder.
+        lines: key path -> line number, from 1.
+    """
+
+    path: Path
+    settings: Settings
+    lines: Mapping[KeyPath, int]
+
+    def problem(self, key: KeyPath, message: str) -> str:
+        """`FILE:LINE: KEY: MESSAGE`"""
+        return _problem(self.path, self.lines, key, message)
+
+
+def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFile:
+    """Read, expand and check a config file. No model is touched yet.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    file = read_config(path, environ)
+    if problems := [file.problem(key, message) for key, message in _contradictions(file.settings)]:
+        raise ConfigError(problems)
+    return file
+
+
+def read_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFile:
+    """Read and expand a config file and check each section alone, not what they say of each other.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    reader = _Reader(path, environ)
+    values = reader.read()
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            [_problem(path, reader.lines, *_explain(detail)) for detail in error.errors()]
+        ) from None
+    return ConfigFile(path, settings.located(path.parent), reader.lines)
+
+
+def _problem(path: Path, lines: Mapping[KeyPath, int], key: KeyPath, message: str) -> str:
+    known = next((key[:n] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+    line = lines[known] if known else 1
+    name = ".".join(str(part) for part in key)
+    return f"{path}:{line}: {name}: {message}" if name else f"{path}:{line}: {message}"
+
+
+class _Reader:
+    """One reading of one file: values, line numbers and problems."""
+
+    def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
+        self.lines: dict[KeyPath, int] = {}
+        self.problems: list[str] = []
+        self._path = path
+        self._environ = environ
+
+    def read(self) -> Any:
+        try:
+            loader = yaml.SafeLoader(self._path.read_text(encoding="utf-8"))
+            node = loader.get_single_node()
+        except OSError as error:
+            self.problems.append(f"{self._path}: cannot be read ({error.strerror})")
+        except UnicodeDecodeError:
+            self.problems.append(f"{self._path}: not UTF-8 text")
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            self.problems.append(f"{self._path}:{line}: not valid YAML: {error.problem}")
+        except yaml.YAMLError as error:
+            self.problems.append(f"{self._path}: not valid YAML: {error}")
+        else:
+            return self._value(loader, node, ()) if node is not None else {}
+        return None
+
+    def _value(self, loader: yaml.SafeLoader, node: yaml.Node, key: KeyPath) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(loader, node, key)
+        if isinstance(node, yaml.SequenceNode):
+            values = []
+            for index, item in enumerate(node.value):
+                self.lines[(*key, index)] = item.start_mark.line + 1
+                values.append(self._value(loader, item, (*key, index)))
+            return values
+        value = loader.construct_object(node)
+        return self._expanded(value, key) if isinstance(value, str) else value
+
+    def _mapping(
+        self, loader: yaml.SafeLoader, node: yaml.MappingNode, key: KeyPath
+    ) -> dict[str, Any]:
+        loader.flatten_mapping(node)
+        values: dict[str, Any] = {}
+        for name_node, value_node in node.value:
+            name = str(loader.construct_object(name_node))
+            inner = (*key, name)
+            line = name_node.start_mark.line + 1
+            if name in values:
+                self._report(inner, f"given twice, first in line {self.lines[inner]}", line)
+            self.lines[inner] = line
+            values[name] = self._value(loader, value_node, inner)
+        return values
+
+    def _expanded(self, text: str, key: KeyPath) -> str:
+        def replacement(match: re.Match[str]) -> str:
+            if match["escape"]:
+                return match[0][1:]
+            value = self._environ.get(match["name"]) or match["default"]
+            if value is None:
+                name = match["name"]
+                self._report(
+                    key,
+                    f"the environment variable {name} is not set; set it or write "
+                    f"${{{name}:-default}}",
+                )
+                return ""
+            return value
+
+        return VARIABLE.sub(replacement, text)
+
+    def _report(self, key: KeyPath, message: str, line: int | None = None) -> None:
+        lines = {**self.lines, key: line} if line else self.lines
+        self.problems.append(_problem(self._path, lines, key, message))
+
+
+def _explain(detail: ErrorDetails) -> tuple[KeyPath, str]:
+    """Key path and message of one pydantic error, with the nearest valid name or value."""
+    key: KeyPath = tuple(part for part in detail["loc"] if part != "[key]")
+    kind, given = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        names = sorted(_fields_at(key[:-1]))
+        return key, f"unknown key{_suggestion(str(key[-1]), names)}"
+    if kind == "missing":
+        return key, "missing; this key is required"
+    if kind == "literal_error":
+        expected: list[str] = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        return key, f"{given!r} is not one of {', '.join(expected)}{_suggestion(given, expected)}"
+    if kind == "value_error":
+        return key, str(detail["ctx"]["error"])
+    return key, f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _suggestion(given: Any, names: list[str]) -> str:
+    close = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; valid here: {', '.join(names)}" if names else ""
+
+
+def _fields_at(key: KeyPath) -> list[str]:
+    """Names of the fields of the settings model that stands at a key path."""
+    models: list[type[BaseModel]] = [Settings]
+    for part in key:
+        found = [
+            inner
+            for model in models
+            for inner in (
+                _models_in(model.model_fields[part].annotation)
+                if isinstance(part, str) and part in model.model_fields
+                else [model]  # a name under a mapping, or an index
+            )
+        ]
+        models = found
+    return [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
+def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
+    """What each section alone cannot see."""
+    bases, experts = list(settings.base_models), list(settings.experts)
+    for section, names in (("base_models", bases), ("experts", experts)):
+        for name in names:
+            if name in ROUTED_MODELS:
+                yield (section, name), "this name is reserved for the router; choose another"
+    for name in set(bases) & set(experts):
+        yield ("experts", name), "a base model has this name already; choose another"
+    for name, expert in settings.experts.items():
+        if expert.base_model not in bases:
+            message = f"no base model {expert.base_model!r}{_suggestion(expert.base_model, bases)}"
+            yield ("experts", name, "base_model"), message
+        if expert.adapter is not None and not expert.adapter.is_dir():
+            yield ("experts", name, "adapter"), _missing_folder(expert.adapter)
+    yield from _shared_domains(settings)
+    if settings.router.fallback not in [*bases, *experts]:
+        hint = _suggestion(settings.router.fallback, experts)
+        yield ("router", "fallback"), f"no expert {settings.router.fallback!r}{hint}"
+    if not settings.router.path.is_dir():
+        yield ("router", "path"), _missing_folder(settings.router.path)
+
+
+def _shared_domains(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
+    owners: dict[str, str] = {}
+    for name, expert in settings.experts.items():
+        for domain in expert.domains or (name,):
+            if (owner := owners.setdefault(domain, name)) != name:
+                message = f"domain {domain!r} belongs to expert {owner!r} already"
+                yield ("experts", name, "domains"), message
+
+
+def _missing_folder(folder: Path) -> str:
+    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    names = {path.name: path for path in siblings if path.is_dir()}
+    close = get_close_matches(folder.name, list(names), n=1)
+    hint = f"; did you mean {names[close[0]]}?" if close else ""
+    return f"{folder} does not exist{hint}"

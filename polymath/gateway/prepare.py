@@ -1,0 +1,83 @@
+"""Everything that must be in order before the server listens: models on disk, adapters, router."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from polymath.errors import (
+    AdapterError,
+    ConfigError,
+    ModelSourceError,
+    RouterArtifactError,
+)
+from polymath.experts import Progress, check_adapter, prepare_base_model
+from polymath.gateway.config import ConfigFile, KeyPath
+from polymath.gateway.settings import Settings
+from polymath.router import Router, build_router
+
+__all__ = ["Prepared", "open_router", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A config whose artifacts are all usable.
+
+    Attributes:
+        folders: base model name -> Hugging Face folder.
+    """
+
+    config: ConfigFile
+    folders: dict[str, Path]
+    router: Router
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the config."""
+        return self.config.settings
+
+
+def prepare(config: ConfigFile, progress: Progress | None = None) -> Prepared:
+    """Convert or download base models, check all adapters, open the router.
+
+    Raises:
+        ConfigError: one line, with file, line and key, for every artifact that cannot be used.
+    """
+    problems: list[str] = []
+    folders: dict[str, Path] = {}
+    for name, base in config.settings.base_models.items():
+        try:
+            folders[name] = prepare_base_model(base.model, progress)
+        except ModelSourceError as error:
+            problems.append(config.problem(("base_models", name, "model"), error.message))
+    problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, folders)]
+    try:
+        router = open_router(config)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return Prepared(config, folders, router)
+
+
+def open_router(config: ConfigFile) -> Router:
+    """The router of a config; enough for routing without any base model.
+
+    Raises:
+        ConfigError: its folder or encoder cannot be used.
+    """
+    try:
+        return build_router(config.settings.router, config.settings.domains())
+    except (RouterArtifactError, ModelSourceError) as error:
+        key = "encoder" if isinstance(error, ModelSourceError) else "path"
+        raise ConfigError([config.problem(("router", key), error.message)]) from error
+
+
+def _unfit_adapters(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[KeyPath, str]]:
+    for name, expert in settings.experts.items():
+        folder = folders.get(expert.base_model)
+        if expert.adapter is None or folder is None:
+            continue
+        try:
+            check_adapter(expert.adapter, folder)
+        except (AdapterError, ModelSourceError) as error:
+            yield ("experts", name, "adapter"), error.message

@@ -1,0 +1,210 @@
+"""Requests of the OpenAI chat completions API, as far as they are supported.
+
+Field names and limits are those of the OpenAI API reference; `top_k` and `min_p` are vLLM's. A
+field that is not listed here is refused by name, never ignored. `null` means absent, as in OpenAI,
+and so do the values in `NEUTRAL`, which ask for nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+__all__ = ["ChatMessage", "ChatRequest", "RouteRequest", "StreamOptions"]
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+"""Values of unsupported fields that change nothing, so that they need not be refused."""
+
+MAX_STOPS = 4
+MAX_METADATA = 16
+
+
+def _content_text(value: Any) -> Any:
+    """A list of text parts as one text, the parts on lines of their own as in vLLM."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+            raise PydanticCustomError(
+                "unsupported_part",
+                "part {index} must be {{'type': 'text', 'text': ...}}; other parts ({kind}) "
+                "are not supported",
+                {"index": index, "kind": str(kind)},
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _stop_strings(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(s, str) and s for s in stops):
+        raise PydanticCustomError("stop_type", "must be a non-empty string or a list of them")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop_length", f"at most {MAX_STOPS} stop strings are allowed")
+    return tuple(stops)
+
+
+Content = Annotated[
+    str,
+    BeforeValidator(_content_text),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                        "additionalProperties": False,
+                    },
+                },
+            ]
+        }
+    ),
+]
+
+Stops = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_stop_strings),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {
+                    "type": "array",
+                    "items": {"type": "string", "minLength": 1},
+                    "maxItems": MAX_STOPS,
+                },
+            ]
+        }
+    ),
+]
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Wire(BaseModel):
+    """A JSON object from a client: exact types, no unknown field, `null` for absent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: given
+            for name, given in value.items()
+            if given is not None
+            and not (name not in cls.model_fields and given in NEUTRAL.get(name, ()))
+        }
+
+
+class ChatMessage(Wire):
+    """One turn; `developer` is the newer word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    def turn(self) -> dict[str, str]:
+        """The turn in Hugging Face's chat format."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content}
+
+
+class StreamOptions(Wire):
+    """What a stream carries besides the text."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(Wire):
+    """Body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[Annotated[int, Strict(False), Field(ge=0)], Bias] = Field(default_factory=dict)
+    stop: Stops | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    n: int = Field(default=1, ge=1, le=128)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    user: str | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=MAX_METADATA)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _disagreement("top_logprobs", "needs logprobs to be true")
+        if self.stream_options is not None and not self.stream:
+            raise _disagreement("stream_options", "is only allowed when stream is true")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise _disagreement("max_tokens", "contradicts max_completion_tokens; give one of them")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The longest answer that the client wants, in tokens."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The turns in Hugging Face's chat format."""
+        return [message.turn() for message in self.messages]
+
+
+class RouteRequest(Wire):
+    """Body of `POST /v1/route`: a conversation, or `input` as a single user turn."""
+
+    model: str = "polymath"
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    input: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "RouteRequest":
+        if (self.messages is None) == (self.input is None):
+            raise _disagreement("messages", "give either messages or input")
+        return self
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The turns in Hugging Face's chat format."""
+        if self.messages is None:
+            return [{"role": "user", "content": self.input or ""}]
+        return [message.turn() for message in self.messages]
+
+
+def _disagreement(param: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("disagreement", "{reason}", {"param": param, "reason": message})

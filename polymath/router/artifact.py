@@ -1,0 +1,143 @@
+"""The router folder: a linear head on a frozen encoder, its calibration, and example prompts.
+
+`router.json` says what the numbers mean, `head.safetensors` holds them, `references.jsonl` holds
+the prompts that a decision can point at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from polymath.errors import RouterArtifactError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Reference", "RouterArtifact", "RouterCard"]
+
+FORMAT = 1
+CARD_FILE = "router.json"
+HEAD_FILE = "head.safetensors"
+REFERENCES_FILE = "references.jsonl"
+
+
+class RouterCard(BaseModel):
+    """What `router.json` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    encoder: str
+    labels: tuple[str, ...] = Field(min_length=2)
+    temperature: float = Field(gt=0)
+    data_sha256: str
+    rows: Mapping[str, int]
+    """Training prompts by source."""
+    metrics: Mapping[str, float]
+    """Measured out of fold on the training data."""
+    licence: str = ""
+
+
+class Reference(BaseModel):
+    """A training prompt that decisions may point at."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    text: str
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouterArtifact:
+    """The folder in memory.
+
+    Attributes:
+        weight: [labels, dimensions]; bias: [labels]: logits of the labels before calibration.
+        vectors: [references, dimensions], unit length, in the order of `references`.
+    """
+
+    card: RouterCard
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    vectors: NDArray[np.float32]
+    references: tuple[Reference, ...] = field(default=())
+
+    @classmethod
+    def load(cls, folder: Path) -> RouterArtifact:
+        """Read a router folder.
+
+        Raises:
+            RouterArtifactError: a file is missing, corrupt, or does not fit the others.
+        """
+        import numpy as np
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            card = RouterCard.model_validate_json((folder / CARD_FILE).read_bytes())
+            lines = (folder / REFERENCES_FILE).read_text(encoding="utf-8").splitlines()
+            references = tuple(Reference.model_validate_json(line) for line in lines)
+            tensors: dict[str, Any] = load_file(folder / HEAD_FILE)
+            artifact = cls(
+                card,
+                tensors["weight"].astype(np.float32),
+                tensors["bias"].astype(np.float32),
+                tensors["vectors"].astype(np.float32),
+                references,
+            )
+        except FileNotFoundError as error:
+            raise RouterArtifactError(
+                f"{error.filename}: missing; train a router with `polymath train router`"
+            ) from error
+        except (ValidationError, SafetensorError, KeyError, ValueError) as error:
+            raise RouterArtifactError(f"{folder}: corrupt router folder ({error})") from error
+        artifact._check_shapes(folder)
+        return artifact
+
+    def save(self, folder: Path) -> None:
+        """Write the folder; `router.json` comes last, so that half a router is never loaded."""
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CARD_FILE).unlink(missing_ok=True)
+        tensors = {
+            "weight": self.weight.astype(np.float32),
+            "bias": self.bias.astype(np.float32),
+            "vectors": self.vectors.astype(np.float16),
+        }
+        # safetensors writes the memory as it lies, whatever the strides say
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(contiguous, folder / HEAD_FILE)
+        lines = [reference.model_dump_json() + "\n" for reference in self.references]
+        (folder / REFERENCES_FILE).write_text("".join(lines), encoding="utf-8")
+        card = json.dumps(self.card.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        (folder / CARD_FILE).write_text(card + "\n", encoding="utf-8")
+
+    @property
+    def dimensions(self) -> int:
+        """Length of the encoder's vectors."""
+        return int(self.weight.shape[1])
+
+    def _check_shapes(self, folder: Path) -> None:
+        labels = len(self.card.labels)
+        if (
+            self.weight.ndim != 2
+            or self.weight.shape[0] != labels
+            or self.bias.shape != (labels,)
+            or self.vectors.shape != (len(self.references), self.dimensions)
+        ):
+            raise RouterArtifactError(
+                f"{folder}: {HEAD_FILE} does not fit {CARD_FILE}: weight "
+                f"{list(self.weight.shape)}, bias {list(self.bias.shape)}, "
+                f"vectors {list(self.vectors.shape)} for {labels} labels "
+                f"and {len(self.references)} references"
+            )

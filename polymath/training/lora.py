@@ -1,0 +1,305 @@
+"""`polymath train expert`: a LoRA adapter (Hu et al. 2021) from example conversations.
+
+The whole order of batches follows from the data and the seed, so that a killed run goes on at its
+last checkpoint and ends with the weights that an unbroken run would have had.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from polymath.errors import DataError
+from polymath.training.data import ChatRow, fingerprint
+from polymath.training.examples import Example, answer_losses, collate, encode_chat, length_batches
+from polymath.training.perplexity import Perplexity, measure_perplexity
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch.optim import Optimizer
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ExpertReport", "LoraRecipe", "LoraTrainer"]
+
+CHECKPOINT_FOLDER = ".checkpoint"
+CHECKPOINT_SECONDS = 30.0
+WARMUP_SHARE = 0.05
+MAX_GRADIENT_NORM = 1.0
+
+Advance = Callable[[int, int, float], Any]
+"""Called with (tokens trained, tokens in all, loss of the last step)."""
+
+
+class LoraRecipe(BaseModel):
+    """How an adapter is trained; the same recipe and data give the same adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lora_rank: int = Field(default=3, ge=1, le=256)
+    lora_alpha: float | None = Field(default=None, gt=0)
+    target_modules: tuple[str, ...] = ("all-linear",)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    train_tokens: int = Field(default=60_000, ge=1)
+    batch_tokens: int = Field(default=1024, ge=1)
+    max_length: int = Field(default=512, ge=8)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+
+    @classmethod
+    def checked(cls, **values: Any) -> LoraRecipe:
+        """A recipe from what a user typed.
+
+        Raises:
+            DataError: a value is out of range; the message names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DataError(
+                f"{first['loc'][0]}: {first['msg']}, found {first['input']!r}"
+            ) from None
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or twice the rank."""
+        return self.lora_alpha or 2.0 * self.lora_rank
+
+
+class ExpertReport(BaseModel):
+    """What a training run did, written beside the adapter as `training.json`."""
+
+    base_model: str
+    recipe: LoraRecipe
+    data_sha256: str
+    rows: int
+    steps: int
+    tokens: int
+    seconds: float
+    eval_rows: int
+    eval_tokens: int
+    loss_before: float
+    loss_after: float
+
+
+class LoraTrainer:
+    """One adapter in training on one base model.
+
+    Args:
+        model_folder: Hugging Face folder of the base model.
+        rows: the conversations to learn.
+        recipe: rank, targets, budget, seed.
+        out: folder of the adapter; a checkpoint of the same recipe and data is gone on with.
+    Raises:
+        DataError: no row has an answer within `max_length`.
+    """
+
+    def __init__(
+        self, model_folder: Path, rows: Sequence[ChatRow], recipe: LoraRecipe, out: Path
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.recipe = recipe
+        self.out = out
+        self.rows = rows
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_folder)
+        self.examples = self._encode(rows)
+        self.schedule = _schedule(self.examples, recipe)
+        self.total_tokens = sum(self._tokens(batch) for batch in self.schedule)
+        self.model = _peft_model(model_folder, recipe)
+        self.fingerprint = f"{fingerprint(rows)}:{recipe.model_dump_json()}"
+
+    def train(self, advance: Advance = lambda done, total, loss: None) -> float:
+        """Run the schedule to its end, from the last checkpoint if there is one.
+
+        Returns:
+            Seconds spent training in this process.
+        """
+        import torch
+
+        parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.recipe.learning_rate, weight_decay=0.0)
+        first = self._resume(optimizer)
+        done = sum(self._tokens(batch) for batch in self.schedule[:first])
+        started = saved = time.monotonic()
+        for step in range(first, len(self.schedule)):
+            batch = self.schedule[step]
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate * _warmup_cosine(step, len(self.schedule))
+            loss = self._step(batch, optimizer)
+            done += self._tokens(batch)
+            advance(done, self.total_tokens, loss)
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self._checkpoint(optimizer, step + 1)
+                saved = time.monotonic()
+        self._checkpoint(optimizer, len(self.schedule))
+        return time.monotonic() - started
+
+    def finish(self, base_model: str, held_out: Sequence[ChatRow], seconds: float) -> ExpertReport:
+        """Save the adapter and measure what it gained on held-out conversations."""
+        self.save()
+        before, after = self.evaluate(held_out)
+        return ExpertReport(
+            base_model=base_model,
+            recipe=self.recipe,
+            data_sha256=fingerprint(self.rows),
+            rows=len(self.rows),
+            steps=len(self.schedule),
+            tokens=self.total_tokens,
+            seconds=round(seconds, 1),
+            eval_rows=len(held_out),
+            eval_tokens=after.tokens,
+            loss_before=before.loss,
+            loss_after=after.loss,
+        )
+
+    def save(self) -> None:
+        """Write the adapter: float16 safetensors and PEFT's config; drop the checkpoint."""
+        import torch
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                if weight.requires_grad:
+                    weight.copy_(weight.half())
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self.model)
+        tensors = {name: weight.half().contiguous() for name, weight in state.items()}
+        partial = self.out / "adapter_model.safetensors.tmp"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(self.out / "adapter_model.safetensors")
+        config = self.model.peft_config["default"]
+        config.inference_mode = True
+        config.base_model_name_or_path = None
+        config.save_pretrained(str(self.out))
+        shutil.rmtree(self.out / CHECKPOINT_FOLDER, ignore_errors=True)
+
+    def evaluate(self, rows: Sequence[ChatRow]) -> tuple[Perplexity, Perplexity]:
+        """Perplexity of the answers without and with the adapter."""
+        examples = self._encode(rows)
+        pad = self._pad_id
+        with self.model.disable_adapter():
+            before = measure_perplexity(self.model, examples, pad)
+        return before, measure_perplexity(self.model, examples, pad)
+
+    def _encode(self, rows: Sequence[ChatRow]) -> list[Example]:
+        encoded = (encode_chat(self.tokenizer, row, self.recipe.max_length) for row in rows)
+        examples = [example for example in encoded if example is not None]
+        if not examples:
+            raise DataError(
+                f"no row has an answer within its first {self.recipe.max_length} tokens; "
+                "raise max_length"
+            )
+        return examples
+
+    def _tokens(self, batch: Sequence[int]) -> int:
+        return sum(len(self.examples[index].ids) for index in batch)
+
+    @property
+    def _pad_id(self) -> int:
+        token = self.tokenizer.pad_token_id
+        return int(token if token is not None else self.tokenizer.eos_token_id)
+
+    def _step(self, batch: Sequence[int], optimizer: Optimizer) -> float:
+        import torch
+
+        self.model.train()
+        tensors = collate([self.examples[index] for index in batch], self._pad_id)
+        with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16(self.recipe.precision)):
+            loss = answer_losses(self.model, tensors).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        torch.nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def _checkpoint(self, optimizer: Optimizer, step: int) -> None:
+        import torch
+        from peft import get_peft_model_state_dict
+
+        folder = self.out / CHECKPOINT_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "fingerprint": self.fingerprint,
+            "step": step,
+            "adapter": get_peft_model_state_dict(self.model),
+            "optimizer": optimizer.state_dict(),
+        }
+        partial = folder / "state.pt.tmp"
+        torch.save(state, partial)
+        os.replace(partial, folder / "state.pt")
+
+    def _resume(self, optimizer: Optimizer) -> int:
+        import torch
+        from peft import set_peft_model_state_dict
+
+        file = self.out / CHECKPOINT_FOLDER / "state.pt"
+        if not file.exists():
+            return 0
+        state = torch.load(file, weights_only=True)
+        if state["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"{file}: a checkpoint of another recipe or other data; "
+                "delete that folder or choose another --out"
+            )
+        set_peft_model_state_dict(self.model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
+
+
+def _peft_model(model_folder: Path, recipe: LoraRecipe) -> PeftModel:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    targets: str | list[str] = list(recipe.target_modules)
+    config = LoraConfig(
+        r=recipe.lora_rank,
+        lora_alpha=recipe.alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def _schedule(examples: Sequence[Example], recipe: LoraRecipe) -> list[list[int]]:
+    """Batches, epoch after epoch, until the budget of tokens is reached."""
+    schedule: list[list[int]] = []
+    tokens = epoch = 0
+    while True:
+        for batch in length_batches(examples, recipe.batch_tokens, seed=recipe.seed + epoch):
+            schedule.append(batch)
+            tokens += sum(len(examples[index].ids) for index in batch)
+            if tokens >= recipe.train_tokens:
+                return schedule
+        epoch += 1
+
+
+def _warmup_cosine(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(1, int(steps * WARMUP_SHARE))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _bfloat16(precision: str) -> bool:
+    """Whether to compute in bfloat16; `auto` does where the CPU multiplies it natively."""
+    import torch
+
+    if precision != "auto":
+        return precision == "bfloat16"
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
