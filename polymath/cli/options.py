@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -24,7 +24,7 @@ class ManyFiles(TyperCommand):
 
     GREEDY = ("--data", "--eval-data")
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each further file, which is what click understands."""
         expanded: list[str] = []
         option = ""

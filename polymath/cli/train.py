@@ -98,6 +98,10 @@ def train_router(
     exclude_source: Annotated[
         list[str] | None, typer.Option(help="Leave out rows of this source (before the slash).")
     ] = None,
+    withhold_source: Annotated[
+        list[str] | None,
+        typer.Option(help="Train on this source, but keep its texts out of the router folder."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the encoder.")] = 2,
     seed: Annotated[int, typer.Option()] = 0,
     licence: Annotated[str, typer.Option(help="Licence of the data, for the artifact.")] = "",
@@ -108,12 +112,18 @@ def train_router(
     from polymath.training import read_prompts, train_router_head
 
     excluded = set(exclude_source or ())
-    rows = [row for row in read_prompts(data) if (row.source or "").split("/")[0] not in excluded]
+    rows = [row for row in read_prompts(data) if row.family not in excluded]
     model = SentenceEncoder(prepare_encoder(encoder), threads)
     with bars() as progress:
         task = progress.add_task("encoding prompts", total=len(rows))
         artifact = train_router_head(
-            rows, model, encoder, seed, licence, lambda prompts: progress.advance(task, prompts)
+            rows,
+            model,
+            encoder,
+            seed,
+            licence,
+            withheld=set(withhold_source or ()),
+            advance=lambda prompts: progress.advance(task, prompts),
         )
     artifact.save(out)
     metrics = artifact.card.metrics

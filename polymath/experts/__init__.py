@@ -1,5 +1,8 @@
-"""Base models, adapters, the decode engine and logit combination. Imports nothing of ours but errors
-and artifact folders; torch is loaded with the first model, not with this package."""
+"""Base models, adapters, the decode engine and logit combination.
+
+Imports nothing of ours but errors and artifact folders; torch is loaded with the first model, not
+with this package.
+"""
 
 from polymath.experts.adapter import AdapterFile, read_adapter
 from polymath.experts.answer_text import AnswerText

@@ -85,7 +85,7 @@ class Decoding:
         alternatives = self._group.sampling.top_logprobs or 0
         values, ids = log_probs.topk(alternatives)
         top = tuple(
-            ScoredToken(index, vocabulary.bytes(index), value)
+            ScoredToken(index, vocabulary.piece(index), value)
             for index, value in zip(ids.tolist(), values.tolist(), strict=True)
         )
-        return ScoredToken(token, vocabulary.bytes(token), float(log_probs[token]), top)
+        return ScoredToken(token, vocabulary.piece(token), float(log_probs[token]), top)

@@ -34,7 +34,7 @@ class BaseModelSettings(Section):
     max_model_len: int | None = Field(
         default=None,
         ge=16,
-        description="Longest prompt plus answer, in tokens; by default what the model was made for.",
+        description="Longest prompt plus answer, in tokens; by default the model's own.",
     )
 
 

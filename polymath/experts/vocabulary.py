@@ -32,7 +32,7 @@ class Vocabulary:
         }
         vocabulary = tokenizer.get_vocab()
         self._byte_level = any(token.startswith("\u0120") for token in vocabulary)
-        self._pieces = {index: token for token, index in vocabulary.items()}
+        self._pieces: dict[int, str] = {index: token for token, index in vocabulary.items()}
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -42,7 +42,7 @@ class Vocabulary:
         """Whether an answer's first token carries a space that does not belong to its text."""
         return not self._byte_level
 
-    def bytes(self, token_id: int) -> bytes:
+    def piece(self, token_id: int) -> bytes:
         """The bytes of a token; empty for control tokens and for ids that have no token."""
         if token_id in self._added:
             return self._added[token_id]

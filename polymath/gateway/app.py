@@ -56,6 +56,17 @@ class Gateway:
         return self._service is not None
 
     @property
+    def engine(self) -> Engine:
+        """Runs the decode groups.
+
+        Raises:
+            NotReady: the models are still loading.
+        """
+        if self._engine is None:
+            raise NotReady("The models are still loading; retry in a few seconds.")
+        return self._engine
+
+    @property
     def service(self) -> ChatService:
         """Answers requests.
 

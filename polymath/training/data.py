@@ -40,6 +40,11 @@ class PromptRow(BaseModel):
     domain: str = Field(min_length=1)
     source: str | None = None
 
+    @property
+    def family(self) -> str:
+        """The data set: the part of `source` before the slash."""
+        return (self.source or "unnamed").split("/")[0]
+
 
 class ChatTurn(BaseModel):
     """One turn of an example conversation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from polymath.errors import DataError
@@ -30,6 +30,7 @@ def train_router_head(
     encoder_source: str,
     seed: int = 0,
     licence: str = "",
+    withheld: Collection[str] = (),
     advance: Callable[[int], Any] = lambda prompts: None,
 ) -> RouterArtifact:
     """Fit logistic regression on the vectors of labelled prompts.
@@ -37,6 +38,8 @@ def train_router_head(
     Args:
         rows: prompts of at least two domains; those of domain `none` are left out.
         encoder_source: written into the artifact, so that the gateway finds the same encoder.
+        withheld: sources whose texts stay out of the artifact (private, or not to be passed on);
+            decisions then point at such a prompt by its id alone.
         advance: called with the number of prompts of each encoded batch.
     Raises:
         DataError: fewer than two domains.
@@ -73,7 +76,7 @@ def train_router_head(
         references=tuple(
             Reference(
                 id=f"{rows[index].source or 'prompt'}#{index}",
-                text=rows[index].text[:REFERENCE_CHARACTERS],
+                text="" if rows[index].family in withheld else _excerpt(rows[index]),
                 domain=rows[index].domain,
             )
             for index in chosen
@@ -177,6 +180,10 @@ def _references(
     return chosen
 
 
+def _excerpt(row: PromptRow) -> str:
+    return row.text[:REFERENCE_CHARACTERS]
+
+
 def _rows_by_source(rows: Sequence[PromptRow]) -> dict[str, int]:
-    counts = Counter((row.source or "unnamed").split("/")[0] for row in rows)
+    counts = Counter(row.family for row in rows)
     return dict(sorted(counts.items()))

