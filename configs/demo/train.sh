@@ -20,7 +20,7 @@ expert coding 100000 "$here/data/coding.train.jsonl" "Apache-2.0" \
   "written for this project"
 expert general 90000 "$data/experts/general.train.jsonl" "Apache-2.0" \
   "Self-Instruct, Wang et al. 2022"
-expert health 200000 "$data/experts/health.train.jsonl" "CC BY 4.0" \
+expert health 120000 "$data/experts/health.train.jsonl" "CC BY 4.0" \
   "MedQuAD, Ben Abacha and Demner-Fushman 2019"
 
 polymath train router --data "$data/prompts/train.jsonl" --exclude-source codealpaca \

@@ -24,13 +24,9 @@ def check(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
 def schema() -> None:
     """Print the JSON Schema of the config file, for editors."""
-    from polymath.gateway import Settings
+    from polymath.gateway import config_schema
 
-    document = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **Settings.model_json_schema(),
-    }
-    typer.echo(json.dumps(document, indent=2))
+    typer.echo(json.dumps(config_schema(), indent=2))
 
 
 @experts_app.command("list")

@@ -13,6 +13,7 @@ from polymath.experts.engine import Completion, Engine
 from polymath.experts.group import Chunk, DecodeGroup, FinishReason, Row, ScoredToken
 from polymath.experts.lora_model import LoraModel
 from polymath.experts.model_files import Progress, prepare_base_model, weight_shapes
+from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
     BaseModelSettings,
@@ -55,6 +56,7 @@ __all__ = [
     "frame_conversation",
     "load_models",
     "prepare_base_model",
+    "quiet_loading",
     "read_adapter",
     "render_chat",
     "weight_shapes",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymath.experts.quiet import quiet_loading
 from polymath.experts.settings import EngineSettings
 from polymath.experts.vocabulary import Vocabulary
 
@@ -41,7 +42,8 @@ class LoraModel:
         self.vocabulary = Vocabulary(self.tokenizer)
         self._device = _device(settings.device)
         dtype = _dtype(settings.dtype, self._device)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with quiet_loading():
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         base.to(self._device).eval()
         self.context_length = max_model_len or int(base.config.max_position_embeddings)
         self.eos_ids = _eos_ids(base, self.tokenizer.eos_token_id)
@@ -90,11 +92,12 @@ def _with_adapters(
     from peft import PeftModel
 
     model: PeftModel | None = None
-    for slot, folder in adapters.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=slot)
-        else:
-            model.load_adapter(str(folder), adapter_name=slot)
+    with quiet_loading():
+        for slot, folder in adapters.items():
+            if model is None:
+                model = PeftModel.from_pretrained(base, str(folder), adapter_name=slot)
+            else:
+                model.load_adapter(str(folder), adapter_name=slot)
     return base if model is None else model.eval()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from polymath.artifacts import PACKAGE_PREFIX, cached_folder, file_key, package_files
 from polymath.errors import ModelSourceError
+from polymath.experts.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,23 +97,20 @@ def _from_hub(source: str) -> Path:
 
 def _convert_gguf(file: Path, progress: Progress | None, folder: Path) -> None:
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
     report = progress or (lambda stage, done, total: None)
-    logging.disable_progress_bar()
     try:
-        report(f"{file.name}: tokenizer", 0, CONVERSION_STAGES)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        report(f"{file.name}: dequantising", 1, CONVERSION_STAGES)
-        model = _dequantised(file)
-        report(f"{file.name}: writing safetensors", 2, CONVERSION_STAGES)
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-        report(f"{file.name}: converted", CONVERSION_STAGES, CONVERSION_STAGES)
+        with quiet_loading():
+            report(f"{file.name}: tokenizer", 0, CONVERSION_STAGES)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            report(f"{file.name}: dequantising", 1, CONVERSION_STAGES)
+            model = _dequantised(file)
+            report(f"{file.name}: writing safetensors", 2, CONVERSION_STAGES)
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
+            report(f"{file.name}: converted", CONVERSION_STAGES, CONVERSION_STAGES)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise ModelSourceError(f"{file}: cannot be converted ({error})") from error
-    finally:
-        logging.enable_progress_bar()
 
 
 def _dequantised(file: Path) -> PreTrainedModel:

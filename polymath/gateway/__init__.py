@@ -3,6 +3,7 @@
 from polymath.gateway.config import ConfigFile, load_config, read_config
 from polymath.gateway.prepare import Prepared, open_router, prepare
 from polymath.gateway.protocol import ChatRequest
+from polymath.gateway.schema import config_schema
 from polymath.gateway.service import Answer, ChatService, decide
 from polymath.gateway.settings import ROUTED_MODELS, ServerSettings, Settings
 
@@ -15,6 +16,7 @@ __all__ = [
     "Prepared",
     "ServerSettings",
     "Settings",
+    "config_schema",
     "decide",
     "load_config",
     "open_router",

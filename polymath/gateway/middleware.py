@@ -44,20 +44,22 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        received = 0
+        declared = Headers(scope=scope).get("content-length", "0")
+        received = int(declared) if declared.isdigit() else 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise self._too_large()
-            return message
+            return {"type": "http.disconnect"} if received > self._max_bytes else message
 
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            return await error_response(self._too_large())(scope, receive, send)
-        await self._app(scope, counted, send)
+        async def unless_too_large(message: Message) -> None:
+            if received <= self._max_bytes:
+                await send(message)
 
-    def _too_large(self) -> RequestTooLarge:
-        return RequestTooLarge(f"The request body is larger than {self._max_bytes} bytes.")
+        if received <= self._max_bytes:
+            received = 0
+            await self._app(scope, counted, unless_too_large)
+        if received > self._max_bytes:
+            error = RequestTooLarge(f"The request body is larger than {self._max_bytes} bytes.")
+            await error_response(error)(scope, receive, send)

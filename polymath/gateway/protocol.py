@@ -47,8 +47,7 @@ def _content_text(value: Any) -> Any:
         if kind != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
             raise PydanticCustomError(
                 "unsupported_part",
-                "part {index} must be {{'type': 'text', 'text': ...}}; other parts ({kind}) "
-                "are not supported",
+                "part {index} is of type {kind}; only text parts (type and text) are supported",
                 {"index": index, "kind": str(kind)},
             )
         texts.append(part["text"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath.errors import DataError
+from polymath.experts import quiet_loading
 from polymath.training.data import ChatRow
 from polymath.training.examples import Example, encode_chat
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -42,7 +43,8 @@ def expert_matrix(
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     encoded = {domain: _encode(tokenizer, domain, rows) for domain, rows in domains.items()}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    with quiet_loading():
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     matrix: Matrix = {}
     for name, adapter in {base_name: None, **adapters}.items():
         with _adapted(base, adapter) as model:
@@ -71,7 +73,8 @@ def _adapted(base: PreTrainedModel, adapter: Path | None) -> Iterator[Any]:
     if adapter is None:
         yield base
         return
-    model = PeftModel.from_pretrained(base, str(adapter))
+    with quiet_loading():
+        model = PeftModel.from_pretrained(base, str(adapter))
     try:
         yield model
     finally:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polymath.errors import DataError
+from polymath.experts import quiet_loading
 from polymath.training.data import ChatRow, fingerprint
 from polymath.training.examples import Example, answer_losses, collate, encode_chat, length_batches
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -120,15 +121,16 @@ class LoraTrainer:
         """Run the schedule to its end, from the last checkpoint if there is one.
 
         Returns:
-            Seconds spent training in this process.
+            Seconds spent training, those before the checkpoint included.
         """
         import torch
 
         parameters = [weight for weight in self.model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.recipe.learning_rate, weight_decay=0.0)
-        first = self._resume(optimizer)
+        first, spent = self._resume(optimizer)
         done = sum(self._tokens(batch) for batch in self.schedule[:first])
-        started = saved = time.monotonic()
+        saved = time.monotonic()
+        started = saved - spent
         for step in range(first, len(self.schedule)):
             batch = self.schedule[step]
             for group in optimizer.param_groups:
@@ -137,10 +139,11 @@ class LoraTrainer:
             done += self._tokens(batch)
             advance(done, self.total_tokens, loss)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                self._checkpoint(optimizer, step + 1)
                 saved = time.monotonic()
-        self._checkpoint(optimizer, len(self.schedule))
-        return time.monotonic() - started
+                self._checkpoint(optimizer, step + 1, saved - started)
+        seconds = time.monotonic() - started
+        self._checkpoint(optimizer, len(self.schedule), seconds)
+        return seconds
 
     def finish(self, base_model: str, held_out: Sequence[ChatRow], seconds: float) -> ExpertReport:
         """Save the adapter and measure what it gained on held-out conversations."""
@@ -222,7 +225,7 @@ class LoraTrainer:
         optimizer.zero_grad()
         return loss.item()
 
-    def _checkpoint(self, optimizer: Optimizer, step: int) -> None:
+    def _checkpoint(self, optimizer: Optimizer, step: int, seconds: float) -> None:
         import torch
         from peft import get_peft_model_state_dict
 
@@ -231,6 +234,7 @@ class LoraTrainer:
         state = {
             "fingerprint": self.fingerprint,
             "step": step,
+            "seconds": seconds,
             "adapter": get_peft_model_state_dict(self.model),
             "optimizer": optimizer.state_dict(),
         }
@@ -238,13 +242,14 @@ class LoraTrainer:
         torch.save(state, partial)
         os.replace(partial, folder / "state.pt")
 
-    def _resume(self, optimizer: Optimizer) -> int:
+    def _resume(self, optimizer: Optimizer) -> tuple[int, float]:
+        """Steps and seconds that the checkpoint has behind it; (0, 0) without one."""
         import torch
         from peft import set_peft_model_state_dict
 
         file = self.out / CHECKPOINT_FOLDER / "state.pt"
         if not file.exists():
-            return 0
+            return 0, 0.0
         state = torch.load(file, weights_only=True)
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
@@ -253,7 +258,7 @@ class LoraTrainer:
             )
         set_peft_model_state_dict(self.model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        return int(state["step"]), float(state["seconds"])
 
 
 def _peft_model(model_folder: Path, recipe: LoraRecipe) -> PeftModel:
@@ -262,7 +267,8 @@ def _peft_model(model_folder: Path, recipe: LoraRecipe) -> PeftModel:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(recipe.seed)
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with quiet_loading():
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     targets: str | list[str] = list(recipe.target_modules)
     config = LoraConfig(
         r=recipe.lora_rank,
@@ -270,7 +276,8 @@ def _peft_model(model_folder: Path, recipe: LoraRecipe) -> PeftModel:
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, config)
+    with quiet_loading():
+        model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model
 

