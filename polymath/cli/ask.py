@@ -65,7 +65,7 @@ async def _chat(config: ConfigOption, model: str, max_tokens: int, prompt: str |
     service = ChatService(catalog, prepared.router, engine, settings.engine)
     messages: list[dict[str, str]] = []
     try:
-        while text := prompt or _question():
+        while text := _readable(prompt) if prompt else _question():
             messages.append({"role": "user", "content": text})
             answer = await _answer(service, model, messages, max_tokens)
             messages.append({"role": "assistant", "content": answer})
@@ -77,9 +77,14 @@ async def _chat(config: ConfigOption, model: str, max_tokens: int, prompt: str |
 
 def _question() -> str:
     try:
-        return input("> ").strip()
+        return _readable(input("> ").strip())
     except EOFError:
         return ""
+
+
+def _readable(text: str) -> str:
+    """The text without the half characters that a terminal of another encoding leaves."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 async def _answer(

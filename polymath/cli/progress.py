@@ -37,13 +37,18 @@ def bars() -> Progress:
 @contextmanager
 def conversion_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar that appears with the first stage of a conversion, one for each file."""
-    with bars() as progress:
-        tasks = {}
+    progress = bars()
+    tasks = {}
 
-        def report(stage: str, done: int, total: int) -> None:
-            file = stage.partition(":")[0]
-            if file not in tasks:
-                tasks[file] = progress.add_task(stage, total=total)
-            progress.update(tasks[file], description=stage, completed=done)
+    def report(stage: str, done: int, total: int) -> None:
+        file = stage.partition(":")[0]
+        progress.start()
+        if file not in tasks:
+            tasks[file] = progress.add_task(stage, total=total)
+        progress.update(tasks[file], description=stage, completed=done)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            progress.stop()

@@ -13,7 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from polymath.errors import AdapterError
 
@@ -34,6 +36,39 @@ UNSUPPORTED_OPTIONS = {
     "layer_replication": None,
 }
 """PEFT options that change the arithmetic beyond `W x + scale B A x`, with their neutral value."""
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(allow_inf_nan=False)]
+Number = TypeVar("Number", int, float)
+
+
+class AdapterConfig(BaseModel):
+    """What counts in PEFT's `adapter_config.json`; the rest is left alone."""
+
+    r: Rank
+    lora_alpha: Alpha = 8.0
+    target_modules: str | tuple[str, ...] | None = None
+    rank_pattern: dict[Pattern, Rank] | None = None
+    alpha_pattern: dict[Pattern, Alpha] | None = None
+    use_rslora: bool = False
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would adapt the module: a regular expression, or ends of names."""
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return True
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in self.target_modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +97,38 @@ def read_adapter(folder: Path, base_shapes: Mapping[str, tuple[int, ...]]) -> Ad
     """
     config = _read_config(folder)
     factors = _factor_shapes(folder)
+    file = folder / WEIGHTS_FILE
     ranks = {
-        module: _checked_rank(folder, module, shapes, base_shapes)
+        module: _checked_rank(file, module, shapes, base_shapes)
         for module, shapes in factors.items()
     }
-    return AdapterFile(folder, ranks, {m: _scale(config, m, rank) for m, rank in ranks.items()})
+    for module, rank in ranks.items():
+        _check_config_agrees(file, config, module, rank)
+    scales = {module: _scale(config, module, rank) for module, rank in ranks.items()}
+    return AdapterFile(folder, ranks, scales)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> AdapterConfig:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
     file = folder / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{file}: missing; a PEFT adapter folder has one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise AdapterError(f"{file}: not JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise AdapterError(f"{file}: peft_type must be LORA")
     for option, neutral in UNSUPPORTED_OPTIONS.items():
-        if config.get(option, neutral) not in (neutral, None, []):
-            raise AdapterError(f"{file}: {option}={config[option]!r} is not supported")
-    return config
+        if values.get(option, neutral) not in (neutral, None, []):
+            raise AdapterError(f"{file}: {option}={values[option]!r} is not supported")
+    try:
+        return AdapterConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AdapterError(f"{file}: {place}: {first['msg']}") from error
 
 
 def _factor_shapes(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -118,34 +162,50 @@ def _factor_shapes(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _checked_rank(
-    folder: Path,
+    file: Path,
     module: str,
     factors: Mapping[str, tuple[int, ...]],
     base_shapes: Mapping[str, tuple[int, ...]],
 ) -> int:
     base = base_shapes.get(f"{module}.weight")
-    if base is None:
+    if base is None or len(base) != 2:
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: module {module} is not in the base model; "
+            f"{file}: module {module} is no matrix of the base model; "
             "the adapter was made for another architecture"
         )
     if factors.keys() != {"A", "B"}:
-        raise AdapterError(f"{folder / WEIGHTS_FILE}: module {module} lacks lora_A or lora_B")
+        raise AdapterError(f"{file}: module {module} lacks lora_A or lora_B")
     a, b = factors["A"], factors["B"]
     out_features, in_features = base
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[1] != in_features or b[0] != out_features:
+    rank = a[0] if a else 0
+    if rank < 1 or a != (rank, in_features) or b != (out_features, rank):
         raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: module {module} has lora_A {list(a)} and lora_B {list(b)}, "
+            f"{file}: module {module} has lora_A {list(a)} and lora_B {list(b)}, "
             f"but the base model needs [r, {in_features}] and [{out_features}, r]; "
             "the adapter was made for another base model"
         )
-    return a[0]
+    return rank
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _check_config_agrees(file: Path, config: AdapterConfig, module: str, rank: int) -> None:
+    """PEFT loads by the config, and silently leaves out what the config does not name."""
+    if (wanted := _by_pattern(config.rank_pattern, module, config.r)) != rank:
+        raise AdapterError(
+            f"{file}: module {module} has rank {rank}, but {CONFIG_FILE} says {wanted}"
+        )
+    if not config.targets(module):
+        raise AdapterError(f"{file}: module {module} is not among target_modules of {CONFIG_FILE}")
+
+
+def _scale(config: AdapterConfig, module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023)."""
-    alpha = float(config.get("lora_alpha", rank))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha = _by_pattern(config.alpha_pattern, module, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Number] | None, module: str, default: Number) -> Number:
+    """The value of the first pattern that fits the end of the module's name, as in PEFT."""
+    for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            return value
+    return default

@@ -26,27 +26,27 @@ class AnswerText:
 
     def push(self, piece: bytes) -> str:
         """Take the bytes of one token; give the text that is now certain."""
-        return self._release(self._decoder.decode(piece))
+        return self._release(self._decoder.decode(piece), final=False)
 
     def finish(self) -> str:
         """The answer is over: give what was held back."""
-        released = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return released + held
+        return self._release(self._decoder.decode(b"", final=True), final=True)
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, final: bool) -> str:
         if self.stopped:
             return ""
         if self._strip_space and text:
             text, self._strip_space = text.removeprefix(" "), False
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            released, self._held, self.stopped = self._held[: min(found)], "", True
-            return released
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        split = len(self._held) - keep
-        released, self._held = self._held[:split], self._held[split:]
+        certain = len(self._held)
+        if not final:
+            certain -= max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        first = min((at for at in map(self._held.find, self._stop) if at >= 0), default=None)
+        # a longer stop may yet begin before the one that is complete
+        self.stopped = first is not None and first <= certain
+        split = certain if first is None else min(first, certain)
+        released = self._held[:split]
+        self._held = "" if self.stopped else self._held[split:]
         return released
 
 

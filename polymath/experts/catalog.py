@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from polymath.experts.adapter import read_adapter
 from polymath.experts.chat import Message, frame_conversation, render_chat
 from polymath.experts.group import Row
 from polymath.experts.lora_model import LoraModel
-from polymath.experts.model_files import weight_shapes
 from polymath.experts.settings import (
     BaseModelSettings,
     EngineSettings,
@@ -18,7 +16,7 @@ from polymath.experts.settings import (
     SamplingDefaults,
 )
 
-__all__ = ["Expert", "build_catalog", "check_adapter", "expert_row", "load_models"]
+__all__ = ["Expert", "build_catalog", "expert_row", "load_models"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +49,6 @@ def build_catalog(
         bare = ExpertSettings(kind="base", base_model=name, description=base.description)
         catalog[name] = Expert(name, bare, ())
     return catalog
-
-
-def check_adapter(adapter: Path, base_folder: Path) -> None:
-    """Hold an adapter against the base model that it is configured for.
-
-    Raises:
-        AdapterError: it does not fit, is corrupt, or is pickled.
-    """
-    read_adapter(adapter, weight_shapes(base_folder))
 
 
 def load_models(

@@ -7,6 +7,7 @@ every conversation. Text that a user writes never becomes a control token: where
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ Message = Mapping[str, str]
 
 # Private-use characters mark where a text stands in the rendered template.
 _MARK = "\ue0f0{}\ue0f1"
+_MARKED = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
 def frame_conversation(
@@ -84,12 +86,10 @@ def _render_with_plain_texts(
 ) -> list[int]:
     marks = [_MARK.format(index) for index in range(len(messages))]
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    rest = _apply_template(tokenizer, marked, add_generation_prompt)
+    rendered = _apply_template(tokenizer, marked, add_generation_prompt)
     ids: list[int] = []
-    for message, mark in zip(messages, marks, strict=True):
-        frame, _, rest = rest.partition(mark)
-        ids += tokenizer.encode(frame, add_special_tokens=False)
-        ids += tokenizer.encode(
-            message["content"], add_special_tokens=False, split_special_tokens=True
-        )
-    return ids + list(tokenizer.encode(rest, add_special_tokens=False))
+    # re.split gives frames at even places and, between them, the index of the text that goes there
+    for place, part in enumerate(_MARKED.split(rendered)):
+        text = messages[int(part)]["content"] if place % 2 else part
+        ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=place % 2 == 1)
+    return ids

@@ -74,11 +74,9 @@ class Decoding:
         scored = self._score(token, log_probs)
         text = self._text.push(scored.piece)
         reason: FinishReason | None = None
-        if self._text.stopped:
-            reason = "stop"
-        elif self._count >= self._group.sampling.max_tokens:
+        if self._count >= self._group.sampling.max_tokens:
             text, reason = text + self._text.finish(), "length"
-        return Chunk(text, scored, reason)
+        return Chunk(text, scored, "stop" if self._text.stopped else reason)
 
     def _score(self, token: int, log_probs: Tensor) -> ScoredToken:
         vocabulary = self._models[0].vocabulary

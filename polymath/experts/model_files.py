@@ -41,10 +41,13 @@ def prepare_base_model(source: str, progress: Progress | None = None) -> Path:
     if source.startswith(PACKAGE_PREFIX):
         return _from_files(source, package_files(source), progress)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return _from_files(source, sorted(path.iterdir()), progress)
-    if path.is_file() or path.suffix == ".gguf":
-        return _from_files(source, [path], progress)
+    try:
+        if path.is_dir():
+            return _from_files(source, sorted(path.iterdir()), progress)
+        if path.is_file() or path.suffix == ".gguf":
+            return _from_files(source, [path], progress)
+    except OSError as error:
+        raise ModelSourceError(f"{source[:200]}: cannot be read ({error.strerror})") from error
     return _from_hub(source)
 
 
@@ -109,7 +112,9 @@ def _convert_gguf(file: Path, progress: Progress | None, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)
             report(f"{file.name}: converted", CONVERSION_STAGES, CONVERSION_STAGES)
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except OSError:
+        raise  # the cache folder: `cached_folder` says so
+    except Exception as error:  # a damaged file raises anything; it surfaces by name
         raise ModelSourceError(f"{file}: cannot be converted ({error})") from error
 
 

@@ -100,5 +100,7 @@ class Sampler:
         if params.top_p < 1:
             ordered, order = probabilities.sort(descending=True)
             before = ordered.cumsum(-1) - ordered
-            probabilities[order[before >= params.top_p * ordered.sum()]] = 0.0
+            dropped = before >= params.top_p * ordered.sum()
+            dropped[0] = False  # the likeliest token stays, however small top_p is
+            probabilities[order[dropped]] = 0.0
         return probabilities

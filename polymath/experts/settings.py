@@ -50,7 +50,9 @@ class SamplingDefaults(Section):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="As in OpenAI.")
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="As in OpenAI.")
     max_tokens: int | None = Field(default=None, ge=1, description="Longest answer, in tokens.")
-    stop: tuple[str, ...] = Field(default=(), max_length=4, description="Strings that end it.")
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), max_length=4, description="Strings that end it."
+    )
 
 
 class ExampleTurn(Section):

@@ -31,7 +31,7 @@ class Vocabulary:
             for index, token in tokenizer.added_tokens_decoder.items()
         }
         vocabulary = tokenizer.get_vocab()
-        self._byte_level = any(token.startswith("\u0120") for token in vocabulary)
+        self._byte_level = _is_byte_level(tokenizer)
         self._pieces: dict[int, str] = {index: token for token, index in vocabulary.items()}
 
     def __len__(self) -> int:
@@ -52,6 +52,12 @@ class Vocabulary:
         if match := SENTENCEPIECE_BYTE.match(piece):
             return bytes([int(match[1], 16)])
         return piece.replace(SENTENCEPIECE_SPACE, " ").encode()
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's decoder turns GPT-2's characters back into bytes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
 
 
 def _byte_level_bytes(piece: str) -> bytes:

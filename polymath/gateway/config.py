@@ -23,6 +23,7 @@ __all__ = ["ConfigFile", "KeyPath", "load_config", "read_config"]
 
 KeyPath = tuple[str | int, ...]
 
+MERGE_TAG = "tag:yaml.org,2002:merge"
 VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 
 
@@ -90,56 +91,92 @@ class _Reader:
         self.problems: list[str] = []
         self._path = path
         self._environ = environ
+        self._open: list[yaml.Node] = []
 
     def read(self) -> Any:
         try:
-            loader = yaml.SafeLoader(self._path.read_text(encoding="utf-8"))
-            node = loader.get_single_node()
+            text = self._path.read_text(encoding="utf-8")
         except OSError as error:
             self.problems.append(f"{self._path}: cannot be read ({error.strerror})")
         except UnicodeDecodeError:
             self.problems.append(f"{self._path}: not UTF-8 text")
+        else:
+            return self._parse(text)
+        return None
+
+    def _parse(self, text: str) -> Any:
+        try:
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            return self._value(loader, node, ()) if node is not None else {}
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             self.problems.append(f"{self._path}:{line}: not valid YAML: {error.problem}")
-        except yaml.YAMLError as error:
-            self.problems.append(f"{self._path}: not valid YAML: {error}")
-        else:
-            return self._value(loader, node, ()) if node is not None else {}
+        except yaml.reader.ReaderError as error:
+            line = text[: error.position].count("\n") + 1
+            self.problems.append(f"{self._path}:{line}: not valid YAML: {error.reason}")
+        except RecursionError:
+            self.problems.append(f"{self._path}: not valid YAML: nested too deeply")
         return None
 
     def _value(self, loader: yaml.SafeLoader, node: yaml.Node, key: KeyPath) -> Any:
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(loader, node, key)
-        if isinstance(node, yaml.SequenceNode):
-            values = []
-            for index, item in enumerate(node.value):
-                self.lines[(*key, index)] = item.start_mark.line + 1
-                values.append(self._value(loader, item, (*key, index)))
-            return values
-        value = loader.construct_object(node)
+        if node in self._open:
+            self._report(key, "this value holds itself")
+            return None
+        self._open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(loader, node, key)
+            if isinstance(node, yaml.SequenceNode):
+                return self._sequence(loader, node, key)
+            return self._scalar(loader, node, key)
+        finally:
+            self._open.pop()
+
+    def _scalar(self, loader: yaml.SafeLoader, node: yaml.Node, key: KeyPath) -> Any:
+        try:
+            value = loader.construct_object(node)
+        except ValueError as error:
+            self._report(key, f"not a value that YAML can read ({error})")
+            return None
         return self._expanded(value, key) if isinstance(value, str) else value
+
+    def _sequence(
+        self, loader: yaml.SafeLoader, node: yaml.SequenceNode, key: KeyPath
+    ) -> list[Any]:
+        values = []
+        for index, item in enumerate(node.value):
+            self.lines[(*key, index)] = item.start_mark.line + 1
+            values.append(self._value(loader, item, (*key, index)))
+        return values
 
     def _mapping(
         self, loader: yaml.SafeLoader, node: yaml.MappingNode, key: KeyPath
     ) -> dict[str, Any]:
-        loader.flatten_mapping(node)
+        self._check_twice(node, key)
+        loader.flatten_mapping(node)  # merged keys come first, so that a key of one's own wins
         values: dict[str, Any] = {}
         for name_node, value_node in node.value:
-            name = str(loader.construct_object(name_node))
-            inner = (*key, name)
-            line = name_node.start_mark.line + 1
-            if name in values:
-                self._report(inner, f"given twice, first in line {self.lines[inner]}", line)
-            self.lines[inner] = line
-            values[name] = self._value(loader, value_node, inner)
+            inner = (*key, str(name_node.value))
+            self.lines[inner] = name_node.start_mark.line + 1
+            values[str(name_node.value)] = self._value(loader, value_node, inner)
         return values
+
+    def _check_twice(self, node: yaml.MappingNode, key: KeyPath) -> None:
+        first: dict[str, int] = {}
+        for name_node, _ in node.value:
+            name, line = str(name_node.value), name_node.start_mark.line + 1
+            if name in first and name_node.tag != MERGE_TAG:
+                self._report((*key, name), f"given twice, first in line {first[name]}", line)
+            first.setdefault(name, line)
 
     def _expanded(self, text: str, key: KeyPath) -> str:
         def replacement(match: re.Match[str]) -> str:
             if match["escape"]:
                 return match[0][1:]
-            value = self._environ.get(match["name"]) or match["default"]
+            value = self._environ.get(match["name"])
+            if not value and match["default"] is not None:
+                value = match["default"]
             if value is None:
                 name = match["name"]
                 self._report(
@@ -169,6 +206,8 @@ def _explain(detail: ErrorDetails) -> tuple[KeyPath, str]:
     if kind == "literal_error":
         expected: list[str] = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
         return key, f"{given!r} is not one of {', '.join(expected)}{_suggestion(given, expected)}"
+    if kind == "model_type":
+        return key, f"must hold keys: {', '.join(sorted(_fields_at(key)))}, found {_shown(given)}"
     if kind == "value_error":
         return key, str(detail["ctx"]["error"])
     return key, f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_shown(given)}"

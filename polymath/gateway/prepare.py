@@ -10,12 +10,14 @@ from polymath.errors import (
     ModelSourceError,
     RouterArtifactError,
 )
-from polymath.experts import Progress, check_adapter, prepare_base_model
+from polymath.experts import Progress, prepare_base_model, read_adapter, weight_shapes
 from polymath.gateway.config import ConfigFile, KeyPath
 from polymath.gateway.settings import Settings
 from polymath.router import Router, build_router
 
 __all__ = ["Prepared", "open_router", "prepare"]
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,14 @@ def prepare(config: ConfigFile, progress: Progress | None = None) -> Prepared:
     """
     problems: list[str] = []
     folders: dict[str, Path] = {}
+    shapes: dict[str, Shapes] = {}
     for name, base in config.settings.base_models.items():
         try:
             folders[name] = prepare_base_model(base.model, progress)
+            shapes[name] = weight_shapes(folders[name])
         except ModelSourceError as error:
             problems.append(config.problem(("base_models", name, "model"), error.message))
-    problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, folders)]
+    problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, shapes)]
     try:
         router = open_router(config)
     except ConfigError as error:
@@ -72,12 +76,11 @@ def open_router(config: ConfigFile) -> Router:
         raise ConfigError([config.problem(("router", key), error.message)]) from error
 
 
-def _unfit_adapters(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[KeyPath, str]]:
+def _unfit_adapters(settings: Settings, shapes: dict[str, Shapes]) -> Iterator[tuple[KeyPath, str]]:
     for name, expert in settings.experts.items():
-        folder = folders.get(expert.base_model)
-        if expert.adapter is None or folder is None:
+        if expert.adapter is None or expert.base_model not in shapes:
             continue
         try:
-            check_adapter(expert.adapter, folder)
-        except (AdapterError, ModelSourceError) as error:
+            read_adapter(expert.adapter, shapes[expert.base_model])
+        except AdapterError as error:
             yield ("experts", name, "adapter"), error.message

@@ -81,6 +81,11 @@ class RouterArtifact:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        for name in (CARD_FILE, HEAD_FILE, REFERENCES_FILE):
+            if not (folder / name).is_file():
+                raise RouterArtifactError(
+                    f"{folder / name}: missing; train a router with `polymath train router`"
+                )
         try:
             card = RouterCard.model_validate_json((folder / CARD_FILE).read_bytes())
             lines = (folder / REFERENCES_FILE).read_text(encoding="utf-8").splitlines()
@@ -93,11 +98,12 @@ class RouterArtifact:
                 tensors["vectors"].astype(np.float32),
                 references,
             )
-        except FileNotFoundError as error:
-            raise RouterArtifactError(
-                f"{error.filename}: missing; train a router with `polymath train router`"
-            ) from error
-        except (ValidationError, SafetensorError, KeyError, ValueError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            what = f"{error.title}: {place + ': ' if place else ''}{first['msg']}"
+            raise RouterArtifactError(f"{folder}: corrupt router folder ({what})") from error
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise RouterArtifactError(f"{folder}: corrupt router folder ({error})") from error
         artifact._check_shapes(folder)
         return artifact

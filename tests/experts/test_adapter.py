@@ -19,7 +19,7 @@ QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 NORM = "model.norm"
 BASE = {f"{QUERY}.weight": (8, 6), f"{DOWN}.weight": (6, 12), f"{NORM}.weight": (6,)}
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 WEIGHTS = "adapter_model.safetensors"
 
 Tensors = dict[str, np.ndarray]
@@ -67,12 +67,13 @@ def folder(tmp_path: Path) -> Path:
 def test_ranks_and_scales_are_those_of_peft(
     tiny_model: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], **options))
-    wrapped.save_pretrained(tmp_path)
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+    trained.save_pretrained(tmp_path)
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path)
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in wrapped.named_modules()
@@ -283,9 +284,9 @@ def test_another_shape_means_another_base_model(folder: Path, wrong: Tensors) ->
 
 
 def test_an_unknown_module_means_another_architecture(folder: Path) -> None:
-    write_adapter(folder, factors("transformer.h.0.attn.c_attn"))
+    write_adapter(folder, factors("transformer.h.0.attn.c_attn"), target_modules=["c_attn"])
     assert refusal(folder) == (
-        f"{folder / WEIGHTS}: module transformer.h.0.attn.c_attn is not in the base model; "
+        f"{folder / WEIGHTS}: module transformer.h.0.attn.c_attn is no matrix of the base model; "
         "the adapter was made for another architecture"
     )
 
@@ -293,3 +294,15 @@ def test_an_unknown_module_means_another_architecture(folder: Path) -> None:
 def test_a_module_that_is_no_matrix_is_refused(folder: Path) -> None:
     write_adapter(folder, factors(NORM, 2, 6, 6))
     assert refusal(folder).startswith(f"{folder / WEIGHTS}: module {NORM} ")
+
+
+def test_a_module_that_the_config_does_not_target_is_refused(folder: Path) -> None:
+    """PEFT would load such an adapter without a word, and without that module."""
+    write_adapter(folder, target_modules=["v_proj"])
+    assert refusal(folder).endswith("is not among target_modules of adapter_config.json")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.q_proj", ["q_proj"], [QUERY], None])
+def test_targets_are_matched_as_in_peft(folder: Path, targets: object) -> None:
+    write_adapter(folder, target_modules=targets)
+    assert read_adapter(folder, BASE).rank == 2

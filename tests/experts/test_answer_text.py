@@ -51,6 +51,7 @@ def test_the_answer_ends_at_its_first_stop(text: str, stop: list[str], sizes: li
 
 
 @given(few_letters, stop_strings, st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))
+@example(text="abca", stop=["abca", "bc"], sizes=[1, 1, 1], others=[])
 def test_the_answer_does_not_depend_on_how_it_is_cut(
     text: str, stop: list[str], sizes: list[int], others: list[int]
 ) -> None:

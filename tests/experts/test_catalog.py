@@ -18,10 +18,11 @@ from polymath.experts import (
     Row,
     SamplingDefaults,
     build_catalog,
-    check_adapter,
     expert_row,
     load_models,
+    read_adapter,
     render_chat,
+    weight_shapes,
 )
 
 BASES = {"tiny": BaseModelSettings(model="somewhere", description="A small one.")}
@@ -74,12 +75,12 @@ def test_an_adapter_is_held_against_the_weights_on_disk(tiny_model: Path, tmp_pa
         f"{module}.lora_B.weight": np.zeros((32, 1), np.float32),
     }
     save_file(fitting, tmp_path / "adapter_model.safetensors")
-    check_adapter(tmp_path, tiny_model)
+    read_adapter(tmp_path, weight_shapes(tiny_model))
 
     wide = {**fitting, f"{module}.lora_A.weight": np.zeros((1, 64), np.float32)}
     save_file(wide, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="another base model"):
-        check_adapter(tmp_path, tiny_model)
+        read_adapter(tmp_path, weight_shapes(tiny_model))
 
 
 def test_an_expert_renders_its_framed_conversation(tiny_model: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymath.router import Neighbour, RouteDecision, Why
@@ -28,6 +28,7 @@ def test_the_expert_is_the_one_of_the_largest_weight() -> None:
     assert DECISION.expert == "lawyer"
 
 
+@settings(deadline=None)
 @given(weights=st.dictionaries(names, st.floats(0, 1), min_size=1))
 def test_no_expert_outweighs_the_expert(weights: dict[str, float]) -> None:
     decision = RouteDecision(weights, 1.0, None, "explicit")

@@ -40,7 +40,7 @@ ODD_TEXTS = {
     "control characters": "".join(map(chr, range(32))) + "\x7f\x80\x9f\u2028\ufeff",
     "a lone high surrogate": "before \ud83d after",
     "lone surrogates alone": "\udfff\ud800",
-    "right to left": "مرحبا بالعالم \u202eשלום עולם\u202c",
+    "right to left": "مرحبا بالعالم \u202eabc\u202c",
     "no characters of any script": "\ufffe\uffff\U0010ffff",
     "its own special tokens": "[CLS] [SEP] [PAD] [MASK] [UNK]",
 }
@@ -140,9 +140,7 @@ def test_what_stands_behind_the_longest_input_is_not_read(encoder: SentenceEncod
     np.testing.assert_array_equal(encoder.encode([long]), encoder.encode([long + "to the moon"]))
 
 
-def test_a_text_far_too_long_is_read_as_fast_as_the_longest_input(
-    encoder: SentenceEncoder,
-) -> None:
+def test_ten_megabytes_are_read_as_their_beginning(encoder: SentenceEncoder) -> None:
     whole, start = encoder.encode(["word " * 2_000_000]), encoder.encode(["word " * 800])
     np.testing.assert_array_equal(whole, start)
 
@@ -162,7 +160,9 @@ SentenceEncoder(prepare_encoder({PACKAGE!r})).encode(["hello"])
 loaded = {{"torch", "transformers"}} & set(sys.modules)
 sys.exit(f"loaded {{loaded}}" if loaded else 0)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

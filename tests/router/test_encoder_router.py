@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -82,12 +82,14 @@ def ask(text: str, **how: Any) -> RouteDecision:
     return router(**how).route([{"role": "user", "content": text}])
 
 
+@settings(deadline=None)
 @given(values=logits)
 def test_a_temperature_of_one_is_softmax(values: NDArray[np.float64]) -> None:
     softmax = np.exp(values) / np.exp(values).sum(-1, keepdims=True)
     np.testing.assert_allclose(calibrated(values, 1.0), softmax, rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(values=logits, temperature=temperatures)
 def test_a_temperature_divides_the_logits(values: NDArray[np.float64], temperature: float) -> None:
     np.testing.assert_array_equal(
@@ -95,6 +97,7 @@ def test_a_temperature_divides_the_logits(values: NDArray[np.float64], temperatu
     )
 
 
+@settings(deadline=None)
 @given(values=logits, shift=st.floats(-1e3, 1e3))
 def test_adding_a_constant_to_all_logits_changes_nothing(
     values: NDArray[np.float64], shift: float
@@ -102,6 +105,7 @@ def test_adding_a_constant_to_all_logits_changes_nothing(
     np.testing.assert_allclose(calibrated(values + shift, 1.0), calibrated(values, 1.0), rtol=1e-9)
 
 
+@settings(deadline=None)
 @given(values=logits, temperature=temperatures)
 def test_calibrated_probabilities_sum_to_one(
     values: NDArray[np.float64], temperature: float
@@ -111,6 +115,7 @@ def test_calibrated_probabilities_sum_to_one(
     np.testing.assert_allclose(probabilities.sum(-1), 1.0)
 
 
+@settings(deadline=None)
 @given(values=logits, temperature=temperatures)
 def test_no_temperature_changes_the_order(values: NDArray[np.float64], temperature: float) -> None:
     order = values.argsort(axis=-1)
@@ -118,6 +123,7 @@ def test_no_temperature_changes_the_order(values: NDArray[np.float64], temperatu
     assert (np.diff(ordered, axis=-1) >= 0).all()
 
 
+@settings(deadline=None)
 @given(values=logits, temperature=temperatures)
 def test_a_higher_temperature_is_never_surer(
     values: NDArray[np.float64], temperature: float
@@ -176,6 +182,7 @@ def test_an_expert_of_no_known_domain_gets_nothing() -> None:
     assert "cook" not in decision.weights
 
 
+@settings(deadline=None)
 @given(
     bias=st.lists(st.floats(-20, 20), min_size=4, max_size=4),
     owners=st.dictionaries(st.sampled_from(LABELS), st.sampled_from(["a", "b", "generalist"])),
@@ -190,6 +197,7 @@ def test_weights_are_a_distribution_whatever_the_head_says(
     assert set(decision.weights) <= {"a", "b", "generalist"}
 
 
+@settings(deadline=None)
 @given(bias=st.lists(st.floats(-3, 3), min_size=4, max_size=4), min_confidence=st.floats(0, 1))
 def test_the_fallback_answers_exactly_below_the_minimal_confidence(
     bias: list[float], min_confidence: float
@@ -213,6 +221,7 @@ def test_exactly_the_minimal_confidence_is_enough() -> None:
     assert ask("law", head=flat, min_confidence=0.25).source == "encoder"
 
 
+@settings(deadline=None)
 @given(text=st.lists(st.sampled_from([*LABELS, "and", "😀", "\n"])).map(" ".join))
 def test_the_confidence_is_the_probability_of_the_likeliest_domain(text: str) -> None:
     decision = ask(text)
