@@ -15,9 +15,24 @@ from pathlib import Path
 
 from polymath.errors import ModelSourceError
 
-__all__ = ["PACKAGE_PREFIX", "cache_dir", "cached_folder", "file_key", "package_files"]
+__all__ = [
+    "PACKAGE_PREFIX",
+    "Progress",
+    "cache_dir",
+    "cached_folder",
+    "file_key",
+    "no_progress",
+    "package_files",
+]
 
 PACKAGE_PREFIX = "package:"
+
+Progress = Callable[[str, int, int], None]
+"""Called with (WHAT: what is being done, stages done, stages in all)."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 def cache_dir() -> Path:

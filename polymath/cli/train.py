@@ -107,13 +107,14 @@ def train_router(
     licence: Annotated[str, typer.Option(help="Licence of the data, for the artifact.")] = "",
 ) -> None:
     """Train a router on labelled prompts (text, domain): a head on the frozen encoder."""
-    from polymath.cli.progress import bars
+    from polymath.cli.progress import bars, conversion_progress
     from polymath.router import SentenceEncoder, prepare_encoder
     from polymath.training import read_prompts, train_router_head
 
     excluded = set(exclude_source or ())
     rows = [row for row in read_prompts(data) if row.family not in excluded]
-    model = SentenceEncoder(prepare_encoder(encoder), threads)
+    with conversion_progress() as converting:
+        model = SentenceEncoder(prepare_encoder(encoder, converting), threads)
     with bars() as progress:
         task = progress.add_task("encoding prompts", total=len(rows))
         artifact = train_router_head(

@@ -12,7 +12,7 @@ from polymath.experts.combiner import Combiner, Select
 from polymath.experts.engine import Completion, Engine
 from polymath.experts.group import Chunk, DecodeGroup, FinishReason, Row, ScoredToken
 from polymath.experts.lora_model import LoraModel
-from polymath.experts.model_files import Progress, prepare_base_model, weight_shapes
+from polymath.experts.model_files import prepare_base_model, weight_shapes
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
@@ -42,7 +42,6 @@ __all__ = [
     "LoraModel",
     "Message",
     "Price",
-    "Progress",
     "Row",
     "Sampler",
     "SamplingDefaults",

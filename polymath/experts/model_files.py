@@ -7,28 +7,32 @@ transformers takes ten times as long as reading safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymath.artifacts import PACKAGE_PREFIX, cached_folder, file_key, package_files
+from polymath.artifacts import (
+    PACKAGE_PREFIX,
+    Progress,
+    cached_folder,
+    file_key,
+    no_progress,
+    package_files,
+)
 from polymath.errors import ModelSourceError
 from polymath.experts.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Progress", "prepare_base_model", "weight_shapes"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, stages done, stages in all)."""
+__all__ = ["prepare_base_model", "weight_shapes"]
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 CONVERSION_STAGES = 3
 
 
-def prepare_base_model(source: str, progress: Progress | None = None) -> Path:
+def prepare_base_model(source: str, progress: Progress = no_progress) -> Path:
     """The Hugging Face folder of a base model, converted or downloaded first if need be.
 
     Args:
@@ -72,7 +76,7 @@ def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             raise ModelSourceError(f"{file}: not a readable safetensors file ({error})") from error
 
 
-def _from_files(source: str, files: list[Path], progress: Progress | None) -> Path:
+def _from_files(source: str, files: list[Path], progress: Progress) -> Path:
     for file in files:
         if file.name == "config.json" and any(file.parent.glob("*.safetensors")):
             return file.parent
@@ -98,20 +102,20 @@ def _from_hub(source: str) -> Path:
         ) from error
 
 
-def _convert_gguf(file: Path, progress: Progress | None, folder: Path) -> None:
+def _convert_gguf(file: Path, progress: Progress, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    report = progress or (lambda stage, done, total: None)
     try:
+        progress(f"{file.name}: tokenizer", 0, CONVERSION_STAGES)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        progress(f"{file.name}: dequantising", 1, CONVERSION_STAGES)
         with quiet_loading():
-            report(f"{file.name}: tokenizer", 0, CONVERSION_STAGES)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            report(f"{file.name}: dequantising", 1, CONVERSION_STAGES)
             model = _dequantised(file)
-            report(f"{file.name}: writing safetensors", 2, CONVERSION_STAGES)
-            tokenizer.save_pretrained(folder)
+        progress(f"{file.name}: writing safetensors", 2, CONVERSION_STAGES)
+        tokenizer.save_pretrained(folder)
+        with quiet_loading():
             model.save_pretrained(folder)
-            report(f"{file.name}: converted", CONVERSION_STAGES, CONVERSION_STAGES)
+        progress(f"{file.name}: converted", CONVERSION_STAGES, CONVERSION_STAGES)
     except OSError:
         raise  # the cache folder: `cached_folder` says so
     except Exception as error:  # a damaged file raises anything; it surfaces by name

@@ -22,6 +22,7 @@ from polymath.gateway.protocol import ChatRequest, RouteRequest
 from polymath.gateway.service import ChatService, decide
 from polymath.gateway.settings import ROUTED_MODELS
 from polymath.gateway.streaming import EventStream, unless_disconnected
+from polymath.gateway.strict_json import StrictJsonRoute
 
 __all__ = ["Gateway", "create_app"]
 
@@ -139,6 +140,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         await asyncio.to_thread(gateway.close)
 
     app = FastAPI(title="Polymath", version=__version__, lifespan=lifespan)
+    app.router.route_class = StrictJsonRoute
     app.state.gateway = gateway
     app.add_middleware(BodyLimit, max_bytes=gateway.max_body_bytes)
     app.add_middleware(RequestId)
@@ -167,6 +169,14 @@ def _add_endpoints(app: FastAPI) -> None:
 async def chat_completions(body: ChatRequest, request: Request, gateway: Shared) -> Response:
     """Answer a conversation, whole or as a stream."""
     answer = await gateway.service.answer(body)
+    logger.info(
+        "%s answers (%s, confidence %.2f) for user %s, metadata %s",
+        answer.expert.name,
+        answer.decision.source,
+        answer.decision.confidence,
+        body.user,
+        body.metadata,
+    )
     completion = ChatCompletion(body, answer)
     headers = decision_headers(answer.decision)
     if body.stream:

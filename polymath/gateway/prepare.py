@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from polymath.artifacts import Progress, no_progress
 from polymath.errors import (
     AdapterError,
     ConfigError,
     ModelSourceError,
     RouterArtifactError,
 )
-from polymath.experts import Progress, prepare_base_model, read_adapter, weight_shapes
+from polymath.experts import prepare_base_model, read_adapter, weight_shapes
 from polymath.gateway.config import ConfigFile, KeyPath
 from polymath.gateway.settings import Settings
 from polymath.router import Router, build_router
@@ -38,7 +39,7 @@ class Prepared:
         return self.config.settings
 
 
-def prepare(config: ConfigFile, progress: Progress | None = None) -> Prepared:
+def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
     """Convert or download base models, check all adapters, open the router.
 
     Raises:
@@ -55,7 +56,7 @@ def prepare(config: ConfigFile, progress: Progress | None = None) -> Prepared:
             problems.append(config.problem(("base_models", name, "model"), error.message))
     problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, shapes)]
     try:
-        router = open_router(config)
+        router = open_router(config, progress)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -63,14 +64,14 @@ def prepare(config: ConfigFile, progress: Progress | None = None) -> Prepared:
     return Prepared(config, folders, router)
 
 
-def open_router(config: ConfigFile) -> Router:
+def open_router(config: ConfigFile, progress: Progress = no_progress) -> Router:
     """The router of a config; enough for routing without any base model.
 
     Raises:
         ConfigError: its folder or encoder cannot be used.
     """
     try:
-        return build_router(config.settings.router, config.settings.domains())
+        return build_router(config.settings.router, config.settings.domains(), progress)
     except (RouterArtifactError, ModelSourceError) as error:
         key = "encoder" if isinstance(error, ModelSourceError) else "path"
         raise ConfigError([config.problem(("router", key), error.message)]) from error

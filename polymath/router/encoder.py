@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polymath.artifacts import PACKAGE_PREFIX, cached_folder, file_key, package_files
+from polymath.artifacts import (
+    PACKAGE_PREFIX,
+    Progress,
+    cached_folder,
+    file_key,
+    no_progress,
+    package_files,
+)
 from polymath.errors import ModelSourceError
 
 if TYPE_CHECKING:
@@ -83,7 +90,7 @@ def locate_encoder(source: str) -> Path:
     return folder
 
 
-def prepare_encoder(source: str) -> Path:
+def prepare_encoder(source: str, progress: Progress = no_progress) -> Path:
     """The exported encoder in the cache, exported now if it is not there yet.
 
     Raises:
@@ -91,7 +98,13 @@ def prepare_encoder(source: str) -> Path:
     """
     folder = locate_encoder(source)
     key = f"encoders/{folder.name}-{file_key(folder / 'model.safetensors')}"
-    return cached_folder(key, lambda target: _export(folder, target))
+
+    def build(target: Path) -> None:
+        progress("encoder: exporting to ONNX", 0, 1)
+        _export(folder, target)
+        progress("encoder: exported", 1, 1)
+
+    return cached_folder(key, build)
 
 
 def _readable(text: str) -> str:
@@ -100,11 +113,16 @@ def _readable(text: str) -> str:
 
 
 def _export(folder: Path, target: Path) -> None:
+    import logging
     import shutil
+    import warnings
 
     import torch
     from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     bert = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
     class Pooled(torch.nn.Module):
@@ -120,15 +138,17 @@ def _export(folder: Path, target: Path) -> None:
 
     example = torch.ones(2, 8, dtype=torch.int64)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
-    torch.onnx.export(
-        Pooled().eval(),
-        (example, example.clone()),
-        target / MODEL_FILE,
-        input_names=["input_ids", "attention_mask"],
-        output_names=["sentence_embedding"],
-        dynamic_shapes=(axes, axes),
-        opset_version=ONNX_OPSET,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations, about its own calls
+        torch.onnx.export(
+            Pooled().eval(),
+            (example, example.clone()),
+            target / MODEL_FILE,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["sentence_embedding"],
+            dynamic_shapes=(axes, axes),
+            opset_version=ONNX_OPSET,
+            external_data=False,
+            verbose=False,
+        )
     shutil.copy(folder / TOKENIZER_FILE, target / TOKENIZER_FILE)

@@ -278,7 +278,12 @@ def test_a_bad_value_is_400_and_names_the_field(
     assert (error.status_code, error.param) == (400, param)
 
 
-@pytest.mark.parametrize("body", ["{not json", "", "[]", '"text"', '{"model": "smollm2"}'])
+HALF_A_CHARACTER = '{"model": "math", "messages": [{"role": "user", "content": "\\ud800"}]}'
+NOT_A_NUMBER = '{"model": "math", "messages": [{"role": "user", "content": "x"}], "top_p": NaN}'
+MALFORMED = ["{not json", "", "[]", '"text"', '{"model": "smollm2"}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("body", [*MALFORMED, HALF_A_CHARACTER, NOT_A_NUMBER], ids=lambda b: b[:9])
 def test_a_malformed_body_is_400(base_url: str, body: str) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{base_url}/v1/chat/completions", content=body, headers=headers)

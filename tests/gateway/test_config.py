@@ -301,9 +301,7 @@ def test_an_empty_file_lacks_the_required_sections(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "hello\n", "3\n", "---\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (problem,) = problems(tmp_path, text)
-    assert problem.startswith(
-        "1: must hold keys: base_models, engine, experts, router, server, found "
-    )
+    assert problem.startswith("1: must hold keys: base_models, engine, experts, router, server")
 
 
 def test_a_config_needs_an_expert(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from polymath.errors import RouterArtifactError
 from polymath.router import Reference, RouterArtifact, RouterCard
 
+FILES = ("router.json", "head.safetensors", "references.jsonl")
 LABELS = ("coding", "law", "math")
 DIMENSIONS = 5
 REFERENCES = 4
@@ -121,7 +122,7 @@ def test_saving_what_was_loaded_changes_no_file(folder: Path, tmp_path: Path) ->
 
 def test_a_router_folder_is_three_files(folder: Path) -> None:
     names = {file.name for file in folder.iterdir()}
-    assert names == {"router.json", "head.safetensors", "references.jsonl"}
+    assert names == set(FILES)
 
 
 def test_the_card_is_readable_text_with_its_format(folder: Path) -> None:
@@ -171,7 +172,7 @@ def test_half_a_router_is_never_loaded(folder: Path, monkeypatch: pytest.MonkeyP
         RouterArtifact.load(folder)
 
 
-@pytest.mark.parametrize("name", ["router.json", "references.jsonl"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named_with_the_command_that_makes_it(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(RouterArtifactError, match="polymath train router") as failure:
@@ -179,10 +180,20 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(folder: Path, na
     assert str(folder / name) in failure.value.message
 
 
-def test_a_missing_head_is_a_router_artifact_error(folder: Path) -> None:
-    (folder / "head.safetensors").unlink()
-    with pytest.raises(RouterArtifactError, match="polymath train router"):
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_place_of_a_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(RouterArtifactError) as failure:
         RouterArtifact.load(folder)
+    assert str(folder / name) in failure.value.message
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "router").touch()
+    with pytest.raises(RouterArtifactError) as failure:
+        RouterArtifact.load(tmp_path / "router")
+    assert str(tmp_path / "router") in failure.value.message
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in failure.value.message
 
 
-@pytest.mark.parametrize("name", ["router.json", "references.jsonl", "head.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[1]", b"null\n"])
 def test_a_corrupt_file_is_named_by_its_folder(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
