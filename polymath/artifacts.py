@@ -5,6 +5,7 @@ imported. Whatever is derived from them (a converted model, an exported encoder)
 cache folder, under a lock, and appears there whole or not at all.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 PACKAGE_PREFIX = "package:"
+
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EACCES, errno.EROFS})
+"""Errors of a build that are about the cache folder; others are about what is built."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (WHAT: what is being done, stages done, stages in all)."""
@@ -73,7 +77,8 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
     under the final name.
 
     Raises:
-        ModelSourceError: the cache folder cannot be written (full disk, no permission).
+        ModelSourceError: the cache folder cannot be written (full disk, no permission), or `build`
+            could not read something.
     """
     from filelock import FileLock
 
@@ -94,8 +99,17 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
 def _build_whole(target: Path, build: Callable[[Path], None]) -> None:
     staging = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent))
     try:
-        build(staging)
+        _run(build, staging, target)
         staging.chmod(0o755)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _run(build: Callable[[Path], None], staging: Path, target: Path) -> None:
+    try:
+        build(staging)
+    except OSError as error:
+        if error.errno in UNWRITABLE:
+            raise
+        raise ModelSourceError(f"{target}: cannot be built ({error})") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from hypothesis import settings
 
 from polymath.experts import Engine
 from polymath.gateway import Prepared, load_config, prepare
@@ -20,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO_CONFIG = ROOT / "configs" / "polymath.yaml"
 EXPERTS = ("math", "coding", "health", "law", "finance", "general")
 START_SECONDS = 120
+
+settings.register_profile("polymath", deadline=None)
+settings.load_profile("polymath")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"

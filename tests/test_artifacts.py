@@ -239,3 +239,13 @@ def test_two_files_of_one_name_have_different_keys(tmp_path: Path) -> None:
         (tmp_path / folder / "model.gguf").write_bytes(b"1")
         os.utime(tmp_path / folder / "model.gguf", (1, 1))
     assert file_key(tmp_path / "a" / "model.gguf") != file_key(tmp_path / "b" / "model.gguf")
+
+
+def test_a_file_that_the_build_misses_is_not_blamed_on_the_cache(cache: Path) -> None:
+    def read_missing(folder: Path) -> None:
+        (cache / "gone.gguf").read_bytes()
+
+    with pytest.raises(ModelSourceError, match=r"gone\.gguf") as failure:
+        cached_folder(KEY, read_missing)
+    assert failure.value.message.startswith(f"{cache / KEY}: cannot be built")
+    assert "POLYMATH_CACHE" not in failure.value.message

@@ -23,6 +23,17 @@ expert general 90000 0.002 "$data/experts/general.train.jsonl" "Apache-2.0" \
 expert health 120000 0.002 "$data/experts/health.train.jsonl" "CC BY 4.0" \
   "MedQuAD, Ben Abacha and Demner-Fushman 2019"
 
-polymath train router --data "$data/prompts/train.jsonl" --exclude-source codealpaca \
+# the questions of our own coding data stand in for codealpaca, which may not ship
+coding_prompts=$(mktemp --suffix .jsonl)
+trap 'rm -f "$coding_prompts"' EXIT
+python3 - "$here/data/coding.train.jsonl" >"$coding_prompts" <<'END'
+import json, sys
+for line in open(sys.argv[1], encoding="utf-8"):
+    text = json.loads(line)["messages"][0]["content"]
+    print(json.dumps({"text": text, "domain": "coding", "source": "polymath"}))
+END
+
+polymath train router --data "$data/prompts/train.jsonl" "$coding_prompts" \
+  --exclude-source codealpaca \
   --withhold-source legalbench --out "$here/router" \
   --licence "MIT, Apache-2.0, CC BY 3.0, CC BY 4.0 (see README.md)"

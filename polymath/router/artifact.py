@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from polymath.errors import RouterArtifactError
 
@@ -43,6 +43,13 @@ class RouterCard(BaseModel):
     metrics: Mapping[str, float]
     """Measured out of fold on the training data."""
     licence: str = ""
+
+    @field_validator("labels")
+    @classmethod
+    def _are_different(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if repeated := sorted({label for label in value if value.count(label) > 1}):
+            raise ValueError(f"{', '.join(repeated)} given more than once")
+        return value
 
 
 class Reference(BaseModel):
@@ -88,8 +95,8 @@ class RouterArtifact:
                 )
         try:
             card = RouterCard.model_validate_json((folder / CARD_FILE).read_bytes())
-            lines = (folder / REFERENCES_FILE).read_text(encoding="utf-8").splitlines()
-            references = tuple(Reference.model_validate_json(line) for line in lines)
+            lines = (folder / REFERENCES_FILE).read_text(encoding="utf-8").split("\n")
+            references = tuple(Reference.model_validate_json(line) for line in lines if line)
             tensors: dict[str, Any] = load_file(folder / HEAD_FILE)
             artifact = cls(
                 card,
@@ -103,9 +110,10 @@ class RouterArtifact:
             place = ".".join(str(part) for part in first["loc"])
             what = f"{error.title}: {place + ': ' if place else ''}{first['msg']}"
             raise RouterArtifactError(f"{folder}: corrupt router folder ({what})") from error
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise RouterArtifactError(f"{folder}: corrupt router folder ({error})") from error
         artifact._check_shapes(folder)
+        artifact._check_finite(folder)
         return artifact
 
     def save(self, folder: Path) -> None:
@@ -147,3 +155,12 @@ class RouterArtifact:
                 f"vectors {list(self.vectors.shape)} for {labels} labels "
                 f"and {len(self.references)} references"
             )
+
+    def _check_finite(self, folder: Path) -> None:
+        import numpy as np
+
+        for name in ("weight", "bias", "vectors"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise RouterArtifactError(
+                    f"{folder / HEAD_FILE}: {name} holds NaN or infinity; train the router again"
+                )

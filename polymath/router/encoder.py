@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polymath.artifacts import (
     PACKAGE_PREFIX,
@@ -23,6 +23,8 @@ from polymath.errors import ModelSourceError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from onnxruntime import InferenceSession
+    from tokenizers import Tokenizer
 
 __all__ = ["MAX_TOKENS", "SentenceEncoder", "locate_encoder", "prepare_encoder"]
 
@@ -43,19 +45,13 @@ class SentenceEncoder:
     Args:
         folder: holds `model.onnx` and `tokenizer.json` (`prepare_encoder`).
         threads: of ONNX Runtime.
+    Raises:
+        ModelSourceError: a file is missing or corrupt.
     """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
-        import onnxruntime
-        from tokenizers import Tokenizer
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(
-            folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
-        )
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        self._session = _session(folder, threads)
+        self._tokenizer = _tokenizer(folder)
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._tokenizer.enable_padding()
 
@@ -63,6 +59,8 @@ class SentenceEncoder:
         """Unit vectors of the texts, [texts, dimensions]."""
         import numpy as np
 
+        if not texts:
+            return np.empty((0, self._session.get_outputs()[0].shape[-1]), dtype=np.float32)
         encodings = self._tokenizer.encode_batch([_readable(text) for text in texts])
         ids = np.array([encoding.ids for encoding in encodings], dtype=np.int64)
         mask = np.array([encoding.attention_mask for encoding in encodings], dtype=np.int64)
@@ -94,7 +92,7 @@ def prepare_encoder(source: str, progress: Progress = no_progress) -> Path:
     """The exported encoder in the cache, exported now if it is not there yet.
 
     Raises:
-        ModelSourceError: the source holds no encoder.
+        ModelSourceError: the source holds no encoder, or a corrupt one.
     """
     folder = locate_encoder(source)
     key = f"encoders/{folder.name}-{file_key(folder / 'model.safetensors')}"
@@ -112,18 +110,59 @@ def _readable(text: str) -> str:
     return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
+def _session(folder: Path, threads: int) -> InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(
+            folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common type
+        raise ModelSourceError(
+            f"{folder}: {MODEL_FILE} cannot be used ({error}); "
+            "delete that folder and the encoder is exported again"
+        ) from error
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelSourceError(
+            f"{folder}: {TOKENIZER_FILE} is corrupt ({error}); fetch the encoder again"
+        ) from error
+
+
+def _bert(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    except Exception as error:  # a corrupt file fails in json, safetensors, torch or transformers
+        raise ModelSourceError(
+            f"{folder}: config.json or model.safetensors is corrupt ({error}); "
+            "fetch the encoder again"
+        ) from error
+
+
 def _export(folder: Path, target: Path) -> None:
     import logging
     import shutil
     import warnings
 
     import torch
-    from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    bert = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    _tokenizer(folder)  # a corrupt one must not get into the cache
+    bert = _bert(folder)
 
     class Pooled(torch.nn.Module):
         def __init__(self) -> None:

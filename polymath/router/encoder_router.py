@@ -90,7 +90,7 @@ class EncoderRouter:
         weights: dict[str, float] = {}
         for owner, probability in zip(self._owners, probabilities.values(), strict=True):
             weights[owner] = weights.get(owner, 0.0) + probability
-        return weights, "encoder"
+        return {owner: weight for owner, weight in weights.items() if weight > 0}, "encoder"
 
     def _nearest(self, vector: NDArray[np.float32]) -> tuple[Neighbour, ...]:
         similarities = self._artifact.vectors @ vector

@@ -29,6 +29,9 @@ __all__ = [
 OUT_OF_SCOPE = "none"
 """The domain of a prompt that belongs to no expert."""
 
+LONGEST_CSV_FIELD = 2**31 - 1
+"""The most that the csv module takes on every platform (a C long); its default is 128 KiB."""
+
 Row = TypeVar("Row", bound=BaseModel)
 Numbered = Iterator[tuple[int, dict[str, Any]]]
 
@@ -54,18 +57,22 @@ class ChatTurn(BaseModel):
 
 
 class ChatRow(BaseModel):
-    """One example conversation that ends with the assistant's answer."""
+    """One example conversation: a question first, the assistant's answer last."""
 
     messages: list[ChatTurn] = Field(min_length=2)
 
     @field_validator("messages", mode="before")
     @classmethod
     def _decode(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+        return _parse_json(value) if isinstance(value, str) else value
 
     @field_validator("messages")
     @classmethod
-    def _ends_with_an_answer(cls, value: list[ChatTurn]) -> list[ChatTurn]:
+    def _answers_something(cls, value: list[ChatTurn]) -> list[ChatTurn]:
+        if value[0].role == "assistant":
+            raise ValueError(
+                "the first message must be of the system or the user; an answer needs one before it"
+            )
         if value[-1].role != "assistant" or not value[-1].content:
             raise ValueError("the last message must be a non-empty answer of the assistant")
         return value
@@ -130,25 +137,34 @@ def _row(path: Path, line: int, values: object, model: type[Row]) -> Row:
         raise DataError(f"{path}:{line}: {field}: {first['msg']}") from error
 
 
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+
+
 def _read_jsonl(path: Path) -> Numbered:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                yield number, _parse_json(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}:{number}: not a JSON object ({error.msg})") from error
 
 
 def _read_csv(path: Path) -> Numbered:
+    csv.field_size_limit(LONGEST_CSV_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for values in reader:
                 yield reader.line_num, {key: value for key, value in values.items() if value}
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+            # reader.line_num is of the last good row
+            raise DataError(f"{path}:{reader.reader.line_num}: not CSV ({error})") from error
 
 
 def _read_parquet(path: Path) -> Numbered:

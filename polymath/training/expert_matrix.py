@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath.errors import DataError
-from polymath.experts import quiet_loading
+from polymath.experts import quiet_loading, read_adapter, weight_shapes
 from polymath.training.data import ChatRow
 from polymath.training.examples import Example, encode_chat
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -36,10 +36,14 @@ def expert_matrix(
         adapters: expert name -> PEFT folder.
         domains: domain -> held-out conversations.
         advance: called with the number of conversations of each finished batch.
+    Raises:
+        AdapterError: an adapter is missing, corrupt or made for another base model.
+        DataError: a domain has no answer to measure, or an adapter is named like the base.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_adapters(base_name, base_folder, adapters)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     encoded = {domain: _encode(tokenizer, domain, rows) for domain, rows in domains.items()}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -53,6 +57,16 @@ def expert_matrix(
                 for domain, examples in encoded.items()
             }
     return matrix
+
+
+def _check_adapters(base_name: str, base_folder: Path, adapters: Mapping[str, Path]) -> None:
+    if base_name in adapters:
+        raise DataError(
+            f"{base_name}: an adapter has the name of the base model; give it another name"
+        )
+    shapes = weight_shapes(base_folder)
+    for folder in adapters.values():
+        read_adapter(folder, shapes)
 
 
 def _encode(

@@ -6,6 +6,7 @@ last checkpoint and ends with the weights that an unbroken run would have had.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -25,12 +26,13 @@ from polymath.training.perplexity import Perplexity, measure_perplexity
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch.optim import Optimizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["ExpertReport", "LoraRecipe", "LoraTrainer"]
 
 CHECKPOINT_FOLDER = ".checkpoint"
 CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_KEYS = frozenset({"fingerprint", "step", "seconds", "adapter", "optimizer"})
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
 
@@ -46,7 +48,7 @@ class LoraRecipe(BaseModel):
     lora_rank: int = Field(default=3, ge=1, le=256)
     lora_alpha: float | None = Field(default=None, gt=0)
     target_modules: tuple[str, ...] = ("all-linear",)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     train_tokens: int = Field(default=60_000, ge=1)
     batch_tokens: int = Field(default=1024, ge=1)
     max_length: int = Field(default=512, ge=8)
@@ -75,7 +77,10 @@ class LoraRecipe(BaseModel):
 
 
 class ExpertReport(BaseModel):
-    """What a training run did, written beside the adapter as `training.json`."""
+    """What a training run did, written beside the adapter as `training.json`.
+
+    `rows` and `eval_rows` count the conversations that had an answer within `max_length`.
+    """
 
     base_model: str
     recipe: LoraRecipe
@@ -97,9 +102,9 @@ class LoraTrainer:
         model_folder: Hugging Face folder of the base model.
         rows: the conversations to learn.
         recipe: rank, targets, budget, seed.
-        out: folder of the adapter; a checkpoint of the same recipe and data is gone on with.
+        out: folder of the adapter; a checkpoint of the same base, recipe and data is gone on with.
     Raises:
-        DataError: no row has an answer within `max_length`.
+        DataError: no row has an answer within `max_length`, or a target module does not exist.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class LoraTrainer:
         self.total_tokens = sum(self._tokens(batch) for batch in self.schedule)
         self.model = _peft_model(model_folder, recipe)
         self.fingerprint = f"{fingerprint(rows)}:{recipe.model_dump_json()}"
+        self.base_sha256 = _base_sha256(model_folder)
 
     def train(self, advance: Advance = lambda done, total, loss: None) -> float:
         """Run the schedule to its end, from the last checkpoint if there is one.
@@ -146,18 +152,23 @@ class LoraTrainer:
         return seconds
 
     def finish(self, base_model: str, held_out: Sequence[ChatRow], seconds: float) -> ExpertReport:
-        """Save the adapter and measure what it gained on held-out conversations."""
+        """Save the adapter and measure what it gained on held-out conversations.
+
+        Raises:
+            DataError: no held-out row has an answer within `max_length`; nothing is saved then.
+        """
+        examples = self._encode(held_out, "held-out row")
         self.save()
-        before, after = self.evaluate(held_out)
+        before, after = self._measure(examples)
         return ExpertReport(
             base_model=base_model,
             recipe=self.recipe,
             data_sha256=fingerprint(self.rows),
-            rows=len(self.rows),
+            rows=len(self.examples),
             steps=len(self.schedule),
             tokens=self.total_tokens,
             seconds=round(seconds, 1),
-            eval_rows=len(held_out),
+            eval_rows=len(examples),
             eval_tokens=after.tokens,
             loss_before=before.loss,
             loss_after=after.loss,
@@ -187,18 +198,20 @@ class LoraTrainer:
 
     def evaluate(self, rows: Sequence[ChatRow]) -> tuple[Perplexity, Perplexity]:
         """Perplexity of the answers without and with the adapter."""
-        examples = self._encode(rows)
+        return self._measure(self._encode(rows, "held-out row"))
+
+    def _measure(self, examples: Sequence[Example]) -> tuple[Perplexity, Perplexity]:
         pad = self._pad_id
         with self.model.disable_adapter():
             before = measure_perplexity(self.model, examples, pad)
         return before, measure_perplexity(self.model, examples, pad)
 
-    def _encode(self, rows: Sequence[ChatRow]) -> list[Example]:
+    def _encode(self, rows: Sequence[ChatRow], kind: str = "row") -> list[Example]:
         encoded = (encode_chat(self.tokenizer, row, self.recipe.max_length) for row in rows)
         examples = [example for example in encoded if example is not None]
         if not examples:
             raise DataError(
-                f"no row has an answer within its first {self.recipe.max_length} tokens; "
+                f"no {kind} has an answer within its first {self.recipe.max_length} tokens; "
                 "raise max_length"
             )
         return examples
@@ -233,6 +246,7 @@ class LoraTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         state = {
             "fingerprint": self.fingerprint,
+            "base_sha256": self.base_sha256,
             "step": step,
             "seconds": seconds,
             "adapter": get_peft_model_state_dict(self.model),
@@ -244,21 +258,45 @@ class LoraTrainer:
 
     def _resume(self, optimizer: Optimizer) -> tuple[int, float]:
         """Steps and seconds that the checkpoint has behind it; (0, 0) without one."""
-        import torch
         from peft import set_peft_model_state_dict
 
         file = self.out / CHECKPOINT_FOLDER / "state.pt"
         if not file.exists():
             return 0, 0.0
-        state = torch.load(file, weights_only=True)
-        if state["fingerprint"] != self.fingerprint:
+        state = _load_checkpoint(file)
+        # older checkpoints do not say
+        base = state.get("base_sha256", self.base_sha256)
+        if (state["fingerprint"], base) != (self.fingerprint, self.base_sha256):
             raise DataError(
-                f"{file}: a checkpoint of another recipe or other data; "
+                f"{file}: a checkpoint of another base model, another recipe or other data; "
                 "delete that folder or choose another --out"
             )
         set_peft_model_state_dict(self.model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"]), float(state["seconds"])
+
+
+def _load_checkpoint(file: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        state = dict(torch.load(file, weights_only=True))
+        if missing := CHECKPOINT_KEYS - state.keys():
+            raise KeyError(*missing)
+    except Exception as error:  # damaged bytes fail in pickle, zipfile or torch
+        raise DataError(
+            f"{file}: corrupt checkpoint ({error}); delete {file.parent} to start anew"
+        ) from error
+    return state
+
+
+def _base_sha256(folder: Path) -> str:
+    """SHA-256 over the config and the weights of the base model."""
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _peft_model(model_folder: Path, recipe: LoraRecipe) -> PeftModel:
@@ -269,17 +307,33 @@ def _peft_model(model_folder: Path, recipe: LoraRecipe) -> PeftModel:
     torch.manual_seed(recipe.seed)
     with quiet_loading():
         base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    targets: str | list[str] = list(recipe.target_modules)
     config = LoraConfig(
         r=recipe.lora_rank,
         lora_alpha=recipe.alpha,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=_targets(base, recipe.target_modules),
         task_type="CAUSAL_LM",
     )
     with quiet_loading():
         model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     return model
+
+
+def _targets(base: PreTrainedModel, names: Sequence[str]) -> str | list[str]:
+    """What PEFT is told to adapt: `all-linear`, or ends of names of linear layers."""
+    import torch
+
+    if list(names) == ["all-linear"]:
+        return "all-linear"
+    linear = [name for name, part in base.named_modules() if isinstance(part, torch.nn.Linear)]
+    unknown = [n for n in names if not any(f".{name}".endswith(f".{n}") for name in linear)]
+    if unknown or not names:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise DataError(
+            f"target_modules: {', '.join(map(repr, unknown)) or 'nothing'} is no linear layer of "
+            f"the base model; use all-linear, or some of {', '.join(known)}"
+        )
+    return list(names)
 
 
 def _schedule(examples: Sequence[Example], recipe: LoraRecipe) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """Numbers that say how good a classifier is, from plain lists."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,4 +58,5 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered)) - 1))]
+    rank = math.ceil(round(share * len(ordered), 9))  # 0.07 * 100 is 7.000000000000001
+    return ordered[min(len(ordered), max(1, rank)) - 1]

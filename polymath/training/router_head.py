@@ -22,6 +22,8 @@ FOLDS = 5
 INVERSE_REGULARISATION = 10.0
 REFERENCES_PER_DOMAIN = 64
 REFERENCE_CHARACTERS = 240
+SAME_VECTOR_DIGITS = 4
+"""A text encoded in another batch differs by up to 1e-5."""
 
 
 def train_router_head(
@@ -167,13 +169,15 @@ def _references(
     rows: Sequence[PromptRow], labels: Sequence[str], vectors: NDArray[np.float32], seed: int
 ) -> list[int]:
     """For each domain the prompts nearest the centres of as many clusters: a spread-out sample."""
+    import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.metrics import pairwise_distances_argmin
 
     chosen: list[int] = []
     for label in labels:
         members = [index for index, row in enumerate(rows) if row.domain == label]
-        clusters = min(REFERENCES_PER_DOMAIN, len(members))
+        distinct = len(np.unique(vectors[members].round(SAME_VECTOR_DIGITS), axis=0))
+        clusters = min(REFERENCES_PER_DOMAIN, distinct)
         means = KMeans(clusters, n_init=1, random_state=seed).fit(vectors[members])
         nearest = pairwise_distances_argmin(means.cluster_centers_, vectors[members])
         chosen += sorted({members[index] for index in nearest})

@@ -285,3 +285,41 @@ def test_a_card_with_a_bad_field_is_refused_by_name(
     edit_card(folder, **{field: value})
     with pytest.raises(RouterArtifactError, match=field):
         RouterArtifact.load(folder)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_line_separators_of_unicode_stay_in_a_reference(tmp_path: Path, separator: str) -> None:
+    odd = Reference(id="1", text=f"a{separator}b", domain="law")
+    references = (*example().references[:-1], odd)
+    replace(example(), references=references).save(tmp_path)
+    assert RouterArtifact.load(tmp_path).references == references
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "vectors"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, name: str, bad: float) -> None:
+    array = np.full_like(getattr(example(), name), bad)
+    replace(example(), **{name: array}).save(tmp_path)
+    with pytest.raises(RouterArtifactError, match=f"{name} holds NaN or infinity"):
+        RouterArtifact.load(tmp_path)
+
+
+def test_labels_that_repeat_are_refused_by_name(tmp_path: Path) -> None:
+    example().save(tmp_path)
+    card = json.loads((tmp_path / "router.json").read_text(encoding="utf-8"))
+    card["labels"] = ["law", "law", "math"]
+    (tmp_path / "router.json").write_text(json.dumps(card), encoding="utf-8")
+    with pytest.raises(RouterArtifactError, match=r"labels: .*law given more than once"):
+        RouterArtifact.load(tmp_path)
+
+
+def test_numbers_of_a_type_that_numpy_lacks_are_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    example().save(tmp_path)
+    head = {name: torch.tensor(getattr(example(), name)) for name in ("weight", "bias", "vectors")}
+    head["weight"] = head["weight"].bfloat16()
+    save_torch(head, tmp_path / "head.safetensors")
+    with pytest.raises(RouterArtifactError, match="corrupt router folder"):
+        RouterArtifact.load(tmp_path)

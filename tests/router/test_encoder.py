@@ -192,3 +192,42 @@ def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, missing: str) -> 
         shutil.copy(locate_encoder(PACKAGE) / name, tmp_path)
     with pytest.raises(ModelSourceError, match=missing.replace(".", r"\.")):
         prepare_encoder(str(tmp_path))
+
+
+def test_no_texts_have_no_vectors(encoder: SentenceEncoder) -> None:
+    vectors = encoder.encode([])
+    assert vectors.shape == (0, DIMENSIONS)
+    assert vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"garbage"),
+        ("config.json", b"{}"),
+        ("config.json", b"{"),
+        ("tokenizer.json", b"{"),
+    ],
+)
+def test_a_corrupt_encoder_is_refused_by_name_and_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    monkeypatch.setenv("POLYMATH_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(locate_encoder(PACKAGE) / file, folder)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelSourceError, match=name.replace(".", r"\.")) as failure:
+        prepare_encoder(str(folder))
+    assert failure.value.message.startswith(f"{folder}: ")
+    assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "encoders").iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
+def test_a_corrupt_export_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(prepare_encoder(PACKAGE), tmp_path / "export")
+    (folder / name).write_bytes(b"garbage")
+    with pytest.raises(ModelSourceError) as failure:
+        SentenceEncoder(folder)
+    assert failure.value.message.startswith(f"{folder}: {name}")

@@ -298,3 +298,8 @@ def test_a_decision_is_strict_json(min_confidence: float) -> None:
 def test_an_encoder_of_another_length_is_refused(dimensions: int) -> None:
     with pytest.raises(RouterArtifactError, match=f"4 dimensions.*gives {dimensions}"):
         EncoderRouter(artifact(), FakeEncoder(dimensions), EXPERTS, "generalist", 0.4)
+
+
+def test_weights_of_zero_are_left_out() -> None:
+    sure = artifact(3000 * np.eye(len(LABELS), dtype=np.float32))
+    assert ask("law", head=sure).weights == {"lawyer": 1.0}

@@ -366,3 +366,40 @@ def test_any_texts_come_back_from_jsonl(
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     write_jsonl(path, [{"text": text, "domain": "math"} for text in texts])
     assert [row.text for row in read_prompts([path])] == texts
+
+
+def test_a_csv_error_names_the_line_of_the_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text('text,domain\nok,math\nok,math\n"a"b,math\n', encoding="utf-8")
+    with pytest.raises(DataError) as failure:
+        read_prompts([path])
+    assert failure.value.message.startswith(f"{path}:4: not CSV")
+
+
+def test_a_long_csv_field_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f"text,domain\n{'a' * 140_000},math\n", encoding="utf-8")
+    assert [len(row.text) for row in read_prompts([path])] == [140_000]
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, json.dumps({"messages": "[" * 200_000})])
+def test_json_that_is_nested_too_deeply_is_named_by_file_and_line(
+    tmp_path: Path, line: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match="nested too deeply") as failure:
+        read_chats([path])
+    assert failure.value.message.startswith(f"{path}:2: ")
+
+
+def test_a_conversation_that_starts_with_an_answer_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": [ASSISTANT, USER, ASSISTANT]}])
+    with pytest.raises(DataError, match="the first message must be of the system or the user"):
+        read_chats([path])
+
+
+def test_an_answer_may_follow_the_system_or_another_answer(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Greet."}
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": [system, ASSISTANT, ASSISTANT]}])
+    assert len(read_chats([path])[0].messages) == 3

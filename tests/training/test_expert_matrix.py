@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polymath.errors import DataError
+from polymath.errors import AdapterError, DataError
 from polymath.training import (
     ChatRow,
     LoraRecipe,
@@ -174,3 +174,16 @@ def test_a_domain_whose_answers_come_too_late_is_named(tiny_model: Path) -> None
     )
     with pytest.raises(DataError, match="law: no conversation has an answer within 1024 tokens"):
         expert_matrix("base", tiny_model, {}, {"law": [late]})
+
+
+def test_an_adapter_that_does_not_exist_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no such adapter folder") as failure:
+        expert_matrix("base", tiny_model, {"law": tmp_path / "nowhere"}, DOMAINS)
+    assert str(tmp_path / "nowhere") in failure.value.message
+
+
+def test_an_adapter_named_like_the_base_is_refused(
+    tiny_model: Path, adapters: dict[str, Path]
+) -> None:
+    with pytest.raises(DataError, match="base: an adapter has the name of the base model"):
+        expert_matrix("base", tiny_model, {"base": adapters["colours"]}, DOMAINS)

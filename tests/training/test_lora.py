@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,14 @@ RECIPE = LoraRecipe(
     lora_rank=2, learning_rate=1e-2, train_tokens=900, batch_tokens=100, precision="float32"
 )
 STOP_AFTER = 3
+TOO_LONG = ChatRow.model_validate(
+    {
+        "messages": [
+            {"role": "user", "content": "x" * 600},
+            {"role": "assistant", "content": "y"},
+        ]
+    }
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -283,6 +292,7 @@ def test_data_without_an_answer_within_the_length_is_refused(
         ("lora_alpha", 0),
         ("learning_rate", 0),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
         ("train_tokens", 0),
         ("batch_tokens", -1),
         ("max_length", 7),
@@ -305,3 +315,90 @@ def test_a_recipe_within_range_is_the_recipe() -> None:
 @pytest.mark.parametrize(("alpha", "expected"), [(None, 6.0), (1.5, 1.5)])
 def test_alpha_is_twice_the_rank_unless_it_is_given(alpha: float | None, expected: float) -> None:
     assert LoraRecipe(lora_rank=3, lora_alpha=alpha).alpha == expected
+
+
+@pytest.fixture
+def other_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of the same shapes and file sizes with other weights."""
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("other") / "base")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(other_base: Path, killed: Path) -> None:
+    with pytest.raises(DataError, match="another base model"):
+        LoraTrainer(other_base, ROWS, RECIPE, killed).train()
+
+
+def test_a_copy_of_the_base_model_is_the_same_base_model(
+    tiny_model: Path, killed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path_factory.mktemp("copy") / "base")
+    rest = KillAfter(steps=float("inf"))
+    trainer = LoraTrainer(copy, ROWS, RECIPE, killed)
+    trainer.train(rest)
+    assert rest.seen == len(trainer.schedule) - STOP_AFTER
+
+
+def test_a_checkpoint_that_does_not_name_its_base_is_gone_on_with(
+    tiny_model: Path, killed: Path
+) -> None:
+    file = killed / ".checkpoint" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["base_sha256"]
+    torch.save(state, file)
+    rest = KillAfter(steps=float("inf"))
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, killed)
+    trainer.train(rest)
+    assert rest.seen == len(trainer.schedule) - STOP_AFTER
+
+
+@pytest.mark.parametrize("damage", ["no pickle", "cut off", "not a dict", "a key is missing"])
+def test_a_corrupt_checkpoint_says_what_to_delete(
+    tiny_model: Path, killed: Path, damage: str
+) -> None:
+    file = killed / ".checkpoint" / "state.pt"
+    if damage == "no pickle":
+        file.write_bytes(b"x")
+    elif damage == "cut off":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        torch.save([1] if damage == "not a dict" else {"step": 1}, file)
+    with pytest.raises(DataError, match="corrupt checkpoint") as failure:
+        LoraTrainer(tiny_model, ROWS, RECIPE, killed).train()
+    assert f"delete {file.parent}" in failure.value.message
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [((), "nothing"), (("q_proj", "nope"), "'nope'"), (("",), "''"), (("mlp",), "'mlp'")],
+)
+def test_target_modules_that_do_not_exist_are_named(
+    tiny_model: Path, tmp_path: Path, targets: tuple[str, ...], named: str
+) -> None:
+    with pytest.raises(DataError, match=f"target_modules: {named} .*q_proj"):
+        LoraTrainer(tiny_model, ROWS, LoraRecipe.checked(target_modules=targets), tmp_path)
+
+
+def test_the_report_counts_the_conversations_that_were_used(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [*ROWS, TOO_LONG]
+    trainer = LoraTrainer(tiny_model, rows, RECIPE, tmp_path)
+    report = trainer.finish("tiny", rows, trainer.train())
+    assert (report.rows, report.eval_rows) == (len(ROWS), len(ROWS))
+
+
+def test_held_out_data_without_answers_is_refused_before_anything_is_saved(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path)
+    trainer.train()
+    with pytest.raises(DataError, match="no held-out row has an answer"):
+        trainer.finish("tiny", [TOO_LONG], 1.0)
+    assert {file.name for file in tmp_path.iterdir()} == {".checkpoint"}

@@ -150,3 +150,11 @@ def test_a_larger_share_never_has_a_smaller_percentile(
 def test_the_extreme_percentiles_are_the_extremes(numbers: list[float]) -> None:
     assert percentile(numbers, 0) == min(numbers)
     assert percentile(numbers, 1) == max(numbers)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [(3, 0.5, 2), (5, 0.5, 3), (9, 0.5, 5), (11, 0.95, 11), (100, 0.07, 7)],
+)
+def test_a_percentile_is_of_the_nearest_rank(count: int, share: float, expected: int) -> None:
+    assert percentile(list(range(1, count + 1)), share) == expected

@@ -232,7 +232,7 @@ def test_no_withheld_text_is_written_to_the_folder(tmp_path: Path) -> None:
     assert all(b"confidential" not in file.read_bytes() for file in tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.filterwarnings("error:Number of distinct clusters")
 def test_prompts_that_repeat_are_no_fault() -> None:
     rows = [PromptRow(text=domain, domain=domain) for domain in DOMAINS for _ in range(6)]
     assert {reference.text for reference in train(rows).references} == set(DOMAINS)
