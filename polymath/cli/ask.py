@@ -36,7 +36,8 @@ def route(
     for domain, share in sorted(decision.why.domains.items(), key=lambda item: -item[1]):
         typer.echo(f"  {share:6.1%}  {domain}")
     for near in decision.why.nearest:
-        typer.echo(f"  near {near.similarity:.2f}  [{near.domain}] {' '.join(near.text.split())}")
+        text = " ".join(near.text.split()) or f"({near.id})"
+        typer.echo(f"  near {near.similarity:.2f}  [{near.domain}] {text}")
 
 
 def chat(
