@@ -27,5 +27,4 @@ def serve(
     file = replace(file, settings=file.settings.model_copy(update={"server": server}))
     with conversion_progress() as progress:
         prepared = prepare(file, progress)
-    typer.echo(f"polymath: http://{server.host}:{server.port}/v1", err=True)
     run(prepared)

@@ -1,6 +1,7 @@
 """uvicorn around the gateway: listens, drains on SIGTERM, ends if the models cannot be loaded."""
 
 import logging
+import os
 import socket
 
 import uvicorn
@@ -10,6 +11,8 @@ from polymath.gateway.app import Gateway, create_app
 from polymath.gateway.prepare import Prepared
 
 __all__ = ["serve"]
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 
@@ -26,6 +29,8 @@ def serve(prepared: Prepared) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     listener = _listen(prepared)
+    host, port = listener.getsockname()[:2]
+    logger.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
     gateway = Gateway(prepared, on_failure=lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         create_app(gateway),
@@ -40,6 +45,10 @@ def serve(prepared: Prepared) -> None:
         raise ConfigError([f"the models cannot be loaded: {gateway.failure}"])
 
 
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
 def _listen(prepared: Prepared) -> socket.socket:
     settings = prepared.settings.server
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -47,7 +56,7 @@ def _listen(prepared: Prepared) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     except OSError as error:
         message = (
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
+            f"cannot listen on {settings.host}:{settings.port} ({_reason(error)}); "
             "stop what listens there, or choose another port"
         )
         raise ConfigError([prepared.config.problem(("server", "port"), message)]) from error
