@@ -61,8 +61,8 @@ bench: bench-experts bench-router ## all benchmarks
 .PHONY: bench-experts bench-router
 DATA ?= ../shared/data
 
-bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder)
-	$(BIN)/polymath eval experts --data $(DATA)/experts/*.eval.jsonl
+bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder LIMIT=rows)
+	$(BIN)/polymath eval experts --data $(DATA)/experts/*.eval.jsonl $(if $(LIMIT),--limit $(LIMIT))
 
 bench-router: $(VENV)/dev.installed ## accuracy, calibration and latency of the router (DATA=folder)
 	$(BIN)/polymath eval router --data $(DATA)/prompts/dev.jsonl
