@@ -10,8 +10,9 @@ from polymath.training.data import (
     read_prompts,
 )
 from polymath.training.expert_matrix import expert_matrix
-from polymath.training.lora import ExpertReport, LoraRecipe, LoraTrainer
+from polymath.training.lora import LoraTrainer
 from polymath.training.perplexity import Perplexity, measure_perplexity
+from polymath.training.recipe import ExpertReport, LoraRecipe
 from polymath.training.router_evaluation import evaluate_router
 from polymath.training.router_head import train_router_head
 

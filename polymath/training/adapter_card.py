@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from polymath.training.lora import ExpertReport
+from polymath.training.recipe import ExpertReport
 
 __all__ = ["adapter_card", "write_card"]
 

@@ -13,22 +13,21 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from polymath.errors import DataError
 from polymath.experts import quiet_loading
 from polymath.training.data import ChatRow, fingerprint
 from polymath.training.examples import Example, answer_losses, collate, encode_chat, length_batches
 from polymath.training.perplexity import Perplexity, measure_perplexity
+from polymath.training.recipe import ExpertReport, LoraRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ExpertReport", "LoraRecipe", "LoraTrainer"]
+__all__ = ["LoraTrainer"]
 
 CHECKPOINT_FOLDER = ".checkpoint"
 CHECKPOINT_SECONDS = 30.0
@@ -38,61 +37,6 @@ MAX_GRADIENT_NORM = 1.0
 
 Advance = Callable[[int, int, float], Any]
 """Called with (tokens trained, tokens in all, loss of the last step)."""
-
-
-class LoraRecipe(BaseModel):
-    """How an adapter is trained; the same recipe and data give the same adapter."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    lora_rank: int = Field(default=3, ge=1, le=256)
-    lora_alpha: float | None = Field(default=None, gt=0)
-    target_modules: tuple[str, ...] = ("all-linear",)
-    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    train_tokens: int = Field(default=60_000, ge=1)
-    batch_tokens: int = Field(default=1024, ge=1)
-    max_length: int = Field(default=512, ge=8)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-
-    @classmethod
-    def checked(cls, **values: Any) -> LoraRecipe:
-        """A recipe from what a user typed.
-
-        Raises:
-            DataError: a value is out of range; the message names it.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(
-                f"{first['loc'][0]}: {first['msg']}, found {first['input']!r}"
-            ) from None
-
-    @property
-    def alpha(self) -> float:
-        """`lora_alpha`, or twice the rank."""
-        return self.lora_alpha or 2.0 * self.lora_rank
-
-
-class ExpertReport(BaseModel):
-    """What a training run did, written beside the adapter as `training.json`.
-
-    `rows` and `eval_rows` count the conversations that had an answer within `max_length`.
-    """
-
-    base_model: str
-    recipe: LoraRecipe
-    data_sha256: str
-    rows: int
-    steps: int
-    tokens: int
-    seconds: float
-    eval_rows: int
-    eval_tokens: int
-    loss_before: float
-    loss_after: float
 
 
 class LoraTrainer:
