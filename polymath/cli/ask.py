@@ -54,16 +54,11 @@ def chat(
 
 async def _chat(config: ConfigOption, model: str, max_tokens: int, prompt: str | None) -> None:
     from polymath.cli.progress import conversion_progress
-    from polymath.experts import Engine, build_catalog, load_models
-    from polymath.gateway import ChatService, load_config, prepare
+    from polymath.gateway import load_config, open_service, prepare
 
     with conversion_progress() as progress:
         prepared = prepare(load_config(config), progress)
-    settings = prepared.settings
-    models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
-    engine = Engine(models, settings.engine)
-    catalog = build_catalog(settings.base_models, settings.experts)
-    service = ChatService(catalog, prepared.router, engine, settings.engine)
+    service = open_service(prepared)
     messages: list[dict[str, str]] = []
     try:
         while text := _readable(prompt) if prompt else _question():
@@ -73,7 +68,7 @@ async def _chat(config: ConfigOption, model: str, max_tokens: int, prompt: str |
             if prompt:
                 return
     finally:
-        engine.close()
+        service.engine.close()
 
 
 def _question() -> str:

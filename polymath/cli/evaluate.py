@@ -68,6 +68,7 @@ def eval_experts(
     from functools import partial
 
     from polymath.cli.progress import bars, conversion_progress
+    from polymath.experts import adapters_on
     from polymath.gateway import load_config, prepare
     from polymath.training import expert_matrix, read_chats
 
@@ -79,11 +80,7 @@ def eval_experts(
     with bars() as progress:
         rows = sum(len(members) for members in domains.values())
         for name, folder in prepared.folders.items():
-            adapters = {
-                expert: settings.adapter
-                for expert, settings in experts.items()
-                if settings.base_model == name and settings.adapter is not None
-            }
+            adapters = adapters_on(name, experts)
             task = progress.add_task(name, total=rows * (1 + len(adapters)))
             advance = partial(progress.advance, task)
             matrix |= expert_matrix(name, folder, adapters, domains, advance)

@@ -6,7 +6,7 @@ with this package.
 
 from polymath.experts.adapter import AdapterFile, read_adapter
 from polymath.experts.answer_text import AnswerText
-from polymath.experts.catalog import Expert, build_catalog, expert_row, load_models
+from polymath.experts.catalog import Expert, adapters_on, build_catalog, expert_row, load_models
 from polymath.experts.chat import Message, frame_conversation, render_chat
 from polymath.experts.combiner import Combiner, Select
 from polymath.experts.engine import Completion, Engine
@@ -49,6 +49,7 @@ __all__ = [
     "ScoredToken",
     "Select",
     "Vocabulary",
+    "adapters_on",
     "build_catalog",
     "expert_row",
     "frame_conversation",

@@ -16,7 +16,7 @@ from polymath.experts.settings import (
     SamplingDefaults,
 )
 
-__all__ = ["Expert", "build_catalog", "expert_row", "load_models"]
+__all__ = ["Expert", "adapters_on", "build_catalog", "expert_row", "load_models"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def build_catalog(
 ) -> dict[str, Expert]:
     """All experts by name; every base model is one too, under its own name."""
     catalog = {
-        name: Expert(name, settings, settings.domains or (name,))
+        name: Expert(name, settings, settings.domains_of(name))
         for name, settings in experts.items()
     }
     for name, base in base_models.items():
@@ -59,17 +59,17 @@ def load_models(
 ) -> dict[str, LoraModel]:
     """Load every base model with the adapters that stand on it; adapters go by expert name."""
     return {
-        name: LoraModel(
-            folder,
-            {
-                expert: settings.adapter
-                for expert, settings in experts.items()
-                if settings.base_model == name and settings.adapter is not None
-            },
-            engine,
-            base_models[name].max_model_len,
-        )
+        name: LoraModel(folder, adapters_on(name, experts), engine, base_models[name].max_model_len)
         for name, folder in folders.items()
+    }
+
+
+def adapters_on(base_model: str, experts: Mapping[str, ExpertSettings]) -> dict[str, Path]:
+    """The adapter folders of the experts that stand on one base model, by expert name."""
+    return {
+        name: settings.adapter
+        for name, settings in experts.items()
+        if settings.base_model == base_model and settings.adapter is not None
     }
 
 

@@ -50,7 +50,7 @@ class LoraModel:
         # PEFT keeps adapters as attributes, so that a name with a dot would be refused
         self._slots = {name: f"slot{index}" for index, name in enumerate(adapters)}
         self._model = _with_adapters(base, {self._slots[n]: p for n, p in adapters.items()})
-        self._active: str | None = None
+        self._active: str | None = next(iter(adapters), None)  # PEFT activates the first one
         self._inference = torch.inference_mode
 
     def forward(
@@ -75,12 +75,12 @@ class LoraModel:
             return result.logits[0, -1].float().cpu(), result.past_key_values
 
     def _activate(self, adapter: str | None) -> None:
-        if not self._slots:
+        if adapter == self._active:
             return
         model: Any = self._model
         if adapter is None:
             model.base_model.disable_adapter_layers()
-        elif adapter != self._active:
+        else:
             model.base_model.enable_adapter_layers()
             model.set_adapter(self._slots[adapter])
         self._active = adapter

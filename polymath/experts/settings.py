@@ -101,6 +101,10 @@ class ExpertSettings(Section):
     )
     price: Price | None = Field(default=None, description="Shown by `GET /v1/models`.")
 
+    def domains_of(self, name: str) -> tuple[str, ...]:
+        """The router domains that the expert of this name answers."""
+        return self.domains or (name,)
+
     @model_validator(mode="after")
     def _adapter_fits_kind(self) -> "ExpertSettings":
         if self.kind == "lora" and self.adapter is None:

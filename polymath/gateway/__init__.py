@@ -4,7 +4,7 @@ from polymath.gateway.config import ConfigFile, load_config, read_config
 from polymath.gateway.prepare import Prepared, open_router, prepare
 from polymath.gateway.protocol import ChatRequest
 from polymath.gateway.schema import config_schema
-from polymath.gateway.service import Answer, ChatService, decide
+from polymath.gateway.service import Answer, ChatService, decide, open_service
 from polymath.gateway.settings import ROUTED_MODELS, ServerSettings, Settings
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "decide",
     "load_config",
     "open_router",
+    "open_service",
     "prepare",
     "read_config",
     "serve",

@@ -13,13 +13,13 @@ from starlette.responses import Response
 
 from polymath import __version__
 from polymath.errors import ModelNotFound, NotReady
-from polymath.experts import Engine, Expert, build_catalog, load_models
+from polymath.experts import Engine, Expert, build_catalog
 from polymath.gateway.completion import ChatCompletion, decision_headers
 from polymath.gateway.failures import handle_failures
 from polymath.gateway.middleware import BodyLimit, RequestId
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest, RouteRequest
-from polymath.gateway.service import ChatService, decide
+from polymath.gateway.service import ChatService, decide, open_service
 from polymath.gateway.settings import ROUTED_MODELS
 from polymath.gateway.streaming import EventStream, unless_disconnected
 from polymath.gateway.strict_json import StrictJsonRoute
@@ -48,7 +48,6 @@ class Gateway:
         self.failure: Exception | None = None
         self._prepared = prepared
         self._on_failure = on_failure
-        self._engine: Engine | None = None
         self._service: ChatService | None = None
 
     @property
@@ -63,9 +62,7 @@ class Gateway:
         Raises:
             NotReady: the models are still loading.
         """
-        if self._engine is None:
-            raise NotReady("The models are still loading; retry in a few seconds.")
-        return self._engine
+        return self.service.engine
 
     @property
     def service(self) -> ChatService:
@@ -80,28 +77,19 @@ class Gateway:
 
     async def load(self) -> None:
         """Load the models; the server answers probes meanwhile."""
-        settings = self._prepared.settings
         try:
-            models = await asyncio.to_thread(
-                load_models,
-                self._prepared.folders,
-                settings.base_models,
-                settings.experts,
-                settings.engine,
-            )
+            self._service = await asyncio.to_thread(open_service, self._prepared)
         except Exception as error:  # ends the server: `serve` prints it and exits non-zero
             logger.exception("the models cannot be loaded")
             self.failure = error
             self._on_failure()
             return
-        self._engine = Engine(models, settings.engine)
-        self._service = ChatService(self.catalog, self.router, self._engine, settings.engine)
         logger.info("ready: %s", ", ".join(self.catalog))
 
     def close(self) -> None:
         """End the engine."""
-        if self._engine is not None:
-            self._engine.close()
+        if self._service is not None:
+            self._service.engine.close()
 
     def model_card(self, name: str) -> dict[str, Any]:
         """One entry of `GET /v1/models`.

@@ -274,7 +274,7 @@ def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
 def _shared_domains(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     owners: dict[str, str] = {}
     for name, expert in settings.experts.items():
-        for domain in expert.domains or (name,):
+        for domain in expert.domains_of(name):
             if (owner := owners.setdefault(domain, name)) != name:
                 message = f"domain {domain!r} belongs to expert {owner!r} already"
                 yield ("experts", name, "domains"), message

@@ -15,13 +15,16 @@ from polymath.experts import (
     Row,
     SamplingParams,
     Select,
+    build_catalog,
     expert_row,
+    load_models,
 )
+from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest
 from polymath.gateway.settings import ROUTED_MODELS
 from polymath.router import Message, RouteDecision, Router
 
-__all__ = ["Answer", "ChatService", "decide"]
+__all__ = ["Answer", "ChatService", "decide", "open_service"]
 
 SEEDS = 2**63
 
@@ -51,9 +54,9 @@ class ChatService:
         engine: Engine,
         settings: EngineSettings,
     ) -> None:
+        self.engine = engine
         self._catalog = catalog
         self._router = router
-        self._engine = engine
         self._settings = settings
 
     async def answer(self, request: ChatRequest) -> Answer:
@@ -69,16 +72,16 @@ class ChatService:
             DecodeGroup((row,), Select(), _with_own_seed(sampling, index))
             for index in range(request.n)
         ]
-        return Answer(decision, expert, len(row.prompt), self._engine.submit(groups))
+        return Answer(decision, expert, len(row.prompt), self.engine.submit(groups))
 
     def _decide_and_render(self, request: ChatRequest) -> tuple[RouteDecision, Row]:
         messages: list[Message] = [*request.conversation()]
         decision = decide(request.model, messages, self._catalog, self._router)
-        return decision, expert_row(self._catalog[decision.expert], self._engine.models, messages)
+        return decision, expert_row(self._catalog[decision.expert], self.engine.models, messages)
 
     def _sampling(self, request: ChatRequest, expert: Expert, row: Row) -> SamplingParams:
         """The request's values, else the expert's, else the defaults of OpenAI."""
-        model = self._engine.models[row.base_model]
+        model = self.engine.models[row.base_model]
         self._check_request(request, len(model.vocabulary))
         chosen: dict[str, Any] = {
             name: _first(getattr(request, name), getattr(expert.sampling, name))
@@ -121,6 +124,15 @@ class ChatService:
                 param="messages",
             )
         return min(expert.sampling.max_tokens or self._settings.max_tokens, context - prompt)
+
+
+def open_service(prepared: Prepared) -> ChatService:
+    """Load the models of a config and start the engine; takes seconds."""
+    settings = prepared.settings
+    models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
+    catalog = build_catalog(settings.base_models, settings.experts)
+    engine = Engine(models, settings.engine)
+    return ChatService(catalog, prepared.router, engine, settings.engine)
 
 
 def decide(

@@ -78,7 +78,7 @@ class Settings(BaseModel):
         return {
             domain: name
             for name, expert in self.experts.items()
-            for domain in expert.domains or (name,)
+            for domain in expert.domains_of(name)
         }
 
 

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "answer_losses", "collate", "encode_chat", "length_batches"]
+__all__ = [
+    "Example",
+    "answer_losses",
+    "collate",
+    "encode_chat",
+    "encode_chats",
+    "length_batches",
+    "padding_id",
+]
 
 IGNORED = -100
 """The label that cross entropy skips (PyTorch's default `ignore_index`)."""
@@ -51,6 +59,20 @@ def encode_chat(
     if all(label == IGNORED for label in labels):
         return None
     return Example(tuple(ids), tuple(labels))
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[ChatRow], max_length: int
+) -> list[Example]:
+    """The rows as examples, without those that have no answer within `max_length` tokens."""
+    encoded = (encode_chat(tokenizer, row, max_length) for row in rows)
+    return [example for example in encoded if example is not None]
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that `collate` fills rows with: the padding token, else the end token."""
+    token = tokenizer.pad_token_id
+    return int(token if token is not None else tokenizer.eos_token_id)
 
 
 def length_batches(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polymath.errors import DataError
 from polymath.experts import quiet_loading, read_adapter, weight_shapes
 from polymath.training.data import ChatRow
-from polymath.training.examples import Example, encode_chat
+from polymath.training.examples import Example, encode_chats, padding_id
 from polymath.training.perplexity import Perplexity, measure_perplexity
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def expert_matrix(
     _check_adapters(base_name, base_folder, adapters)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     encoded = {domain: _encode(tokenizer, domain, rows) for domain, rows in domains.items()}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
     with quiet_loading():
         base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     matrix: Matrix = {}
@@ -72,11 +72,10 @@ def _check_adapters(base_name: str, base_folder: Path, adapters: Mapping[str, Pa
 def _encode(
     tokenizer: PreTrainedTokenizerBase, domain: str, rows: Sequence[ChatRow]
 ) -> list[Example]:
-    examples = [encode_chat(tokenizer, row, MAX_LENGTH) for row in rows]
-    kept = [example for example in examples if example is not None]
-    if not kept:
+    examples = encode_chats(tokenizer, rows, MAX_LENGTH)
+    if not examples:
         raise DataError(f"{domain}: no conversation has an answer within {MAX_LENGTH} tokens")
-    return kept
+    return examples
 
 
 @contextmanager

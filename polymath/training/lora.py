@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 from polymath.errors import DataError
 from polymath.experts import quiet_loading
 from polymath.training.data import ChatRow, fingerprint
-from polymath.training.examples import Example, answer_losses, collate, encode_chat, length_batches
+from polymath.training.examples import (
+    Example,
+    answer_losses,
+    collate,
+    encode_chats,
+    length_batches,
+    padding_id,
+)
 from polymath.training.perplexity import Perplexity, measure_perplexity
 from polymath.training.recipe import ExpertReport, LoraRecipe
 
@@ -145,14 +152,13 @@ class LoraTrainer:
         return self._measure(self._encode(rows, "held-out row"))
 
     def _measure(self, examples: Sequence[Example]) -> tuple[Perplexity, Perplexity]:
-        pad = self._pad_id
+        pad = padding_id(self.tokenizer)
         with self.model.disable_adapter():
             before = measure_perplexity(self.model, examples, pad)
         return before, measure_perplexity(self.model, examples, pad)
 
     def _encode(self, rows: Sequence[ChatRow], kind: str = "row") -> list[Example]:
-        encoded = (encode_chat(self.tokenizer, row, self.recipe.max_length) for row in rows)
-        examples = [example for example in encoded if example is not None]
+        examples = encode_chats(self.tokenizer, rows, self.recipe.max_length)
         if not examples:
             raise DataError(
                 f"no {kind} has an answer within its first {self.recipe.max_length} tokens; "
@@ -163,16 +169,11 @@ class LoraTrainer:
     def _tokens(self, batch: Sequence[int]) -> int:
         return sum(len(self.examples[index].ids) for index in batch)
 
-    @property
-    def _pad_id(self) -> int:
-        token = self.tokenizer.pad_token_id
-        return int(token if token is not None else self.tokenizer.eos_token_id)
-
     def _step(self, batch: Sequence[int], optimizer: Optimizer) -> float:
         import torch
 
         self.model.train()
-        tensors = collate([self.examples[index] for index in batch], self._pad_id)
+        tensors = collate([self.examples[index] for index in batch], padding_id(self.tokenizer))
         with torch.autocast("cpu", torch.bfloat16, enabled=_bfloat16(self.recipe.precision)):
             loss = answer_losses(self.model, tensors).mean()
         loss.backward()  # type: ignore[no-untyped-call]
