@@ -8,9 +8,27 @@ from polymath.experts.adapter import AdapterFile, read_adapter
 from polymath.experts.answer_text import AnswerText
 from polymath.experts.catalog import Expert, adapters_on, build_catalog, expert_row, load_models
 from polymath.experts.chat import Message, frame_conversation, render_chat
-from polymath.experts.combiner import Combiner, Select
-from polymath.experts.engine import Completion, Engine
-from polymath.experts.group import Chunk, DecodeGroup, FinishReason, Row, ScoredToken
+from polymath.experts.combiner import (
+    Combiner,
+    CombinerState,
+    Mixture,
+    Posterior,
+    ProxyTuning,
+    Select,
+    WeightedLogits,
+    posterior_weights,
+)
+from polymath.experts.completion import Completion
+from polymath.experts.engine import Engine, EngineStats
+from polymath.experts.grammar import Grammar, GrammarSpec
+from polymath.experts.group import (
+    Attribution,
+    Chunk,
+    DecodeGroup,
+    FinishReason,
+    Row,
+    ScoredToken,
+)
 from polymath.experts.lora_model import LoraModel
 from polymath.experts.model_files import prepare_base_model, weight_shapes
 from polymath.experts.quiet import quiet_loading
@@ -28,20 +46,28 @@ from polymath.experts.vocabulary import Vocabulary
 __all__ = [
     "AdapterFile",
     "AnswerText",
+    "Attribution",
     "BaseModelSettings",
     "Chunk",
     "Combiner",
+    "CombinerState",
     "Completion",
     "DecodeGroup",
     "Engine",
     "EngineSettings",
+    "EngineStats",
     "ExampleTurn",
     "Expert",
     "ExpertSettings",
     "FinishReason",
+    "Grammar",
+    "GrammarSpec",
     "LoraModel",
     "Message",
+    "Mixture",
+    "Posterior",
     "Price",
+    "ProxyTuning",
     "Row",
     "Sampler",
     "SamplingDefaults",
@@ -49,11 +75,13 @@ __all__ = [
     "ScoredToken",
     "Select",
     "Vocabulary",
+    "WeightedLogits",
     "adapters_on",
     "build_catalog",
     "expert_row",
     "frame_conversation",
     "load_models",
+    "posterior_weights",
     "prepare_base_model",
     "quiet_loading",
     "read_adapter",

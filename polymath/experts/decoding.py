@@ -1,89 +1,150 @@
-"""One decode group in progress: prefill once, then a token a step."""
+"""One decode group in progress: rows that are fed, then a token a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from polymath.experts.answer_text import AnswerText
-from polymath.experts.group import Chunk, DecodeGroup, FinishReason, ScoredToken
-from polymath.experts.lora_model import LoraModel
+from polymath.experts.combiner import CombinerState
+from polymath.experts.group import Attribution, Chunk, DecodeGroup, FinishReason, ScoredToken
 from polymath.experts.sampling import Sampler
+from polymath.experts.sequence import Sequence
+from polymath.experts.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Cache
 
 __all__ = ["Decoding"]
 
 
 class Decoding:
-    """A group with its caches, sampler and text.
+    """A group with its rows, sampler and text.
 
     Args:
         group: what to decode; its rows share a vocabulary.
-        models: base models by name.
+        rows: its rows in progress, in the same order.
+        eos_ids: tokens that end the answer.
         deliver: told of every chunk, and of the exception that ends the group.
     """
 
     def __init__(
         self,
         group: DecodeGroup,
-        models: Mapping[str, LoraModel],
+        rows: list[Sequence],
+        vocabulary: Vocabulary,
+        eos_ids: frozenset[int],
         deliver: Callable[[Chunk | Exception], None],
     ) -> None:
+        self.rows = rows
         self.deliver = deliver
         self.cancelled = False
         self.finished = False
+        self.answer_tokens = 0
         self._group = group
-        self._models = [models[row.base_model] for row in group.rows]
+        self._vocabulary = vocabulary
+        self._eos_ids = eos_ids
         self._sampler = Sampler(group.sampling)
-        vocabulary = self._models[0].vocabulary
         self._text = AnswerText(group.sampling.stop, strip_space=vocabulary.starts_with_space)
-        self._caches: list[Cache | None] = [None] * len(group.rows)
-        self._state: Any = None
-        self._last_token: int | None = None
-        self._count = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be done."""
+        return self.finished or self.cancelled
+
+    @property
+    def longest(self) -> int:
+        """Tokens of cache that the rows may need together."""
+        return sum(row.longest for row in self.rows)
+
+    def hungry(self) -> list[Sequence]:
+        """Rows whose logits the next step needs and that have tokens to be fed first."""
+        weights = self._group.combiner.weights(self._state())
+        return [
+            row for row, weight in zip(self.rows, weights, strict=True) if weight and row.pending
+        ]
 
     def step(self) -> None:
-        """Feed the last token to every row, combine, sample, deliver one chunk."""
-        log_probs, self._state = self._group.combiner(self._logits(), self._state)
+        """Combine, sample, deliver one chunk; to be called when nobody is hungry."""
+        logits = self._logits()
+        log_probs, _ = self._group.combiner(logits, self._state())
         token = self._sampler.sample(log_probs)
-        self._last_token = token
-        self._count += 1
-        chunk = self._chunk(token, log_probs)
+        chunk = self._chunk(token, log_probs, logits)
+        self._append(token, logits)
         self.finished = chunk.finish_reason is not None
         self.deliver(chunk)
 
-    def _logits(self) -> Tensor:
-        """[rows, vocab]"""
+    def cancel(self) -> None:
+        """Nobody wants the answer any more; from any thread."""
+        self.cancelled = True
+
+    def fail(self, error: Exception) -> None:
+        """End the group with an error."""
+        self.finished = True
+        self.deliver(error)
+
+    def _state(self) -> CombinerState:
         import torch
 
-        logits = []
-        for index, (row, model) in enumerate(zip(self._group.rows, self._models, strict=True)):
-            tokens = row.prompt if self._last_token is None else (self._last_token,)
-            row_logits, self._caches[index] = model.forward(
-                row.adapter, tokens, self._caches[index]
-            )
-            logits.append(row_logits)
-        return torch.stack(logits)
+        return CombinerState(
+            log_likelihood=torch.tensor([row.log_likelihood for row in self.rows]),
+            scored=torch.tensor([row.scored for row in self.rows]),
+            answer_tokens=self.answer_tokens,
+        )
 
-    def _chunk(self, token: int, log_probs: Tensor) -> Chunk:
-        if token in self._models[0].eos_ids:
+    def _logits(self) -> Tensor:
+        """[rows, vocab]; zeros for rows that have tokens pending."""
+        import torch
+
+        fed = next(row.logits for row in self.rows if row.logits is not None and not row.pending)
+        return torch.stack(
+            [
+                row.logits if row.logits is not None and not row.pending else torch.zeros_like(fed)
+                for row in self.rows
+            ]
+        )
+
+    def _append(self, token: int, logits: Tensor) -> None:
+        self.answer_tokens += 1
+        log_probs = _log_probs(logits, token) if len(self.rows) > 1 else [0.0]
+        for row, log_prob in zip(self.rows, log_probs, strict=True):
+            if not row.pending:
+                row.score(token, log_prob)
+            row.tokens.append(token)
+
+    def _chunk(self, token: int, log_probs: Tensor, logits: Tensor) -> Chunk:
+        if token in self._eos_ids:
             return Chunk(self._text.finish(), None, "stop")
-        scored = self._score(token, log_probs)
+        scored = self._score(token, log_probs, logits)
         text = self._text.push(scored.piece)
         reason: FinishReason | None = None
-        if self._count >= self._group.sampling.max_tokens:
+        if self.answer_tokens + 1 >= self._group.sampling.max_tokens:
             text, reason = text + self._text.finish(), "length"
         return Chunk(text, scored, "stop" if self._text.stopped else reason)
 
-    def _score(self, token: int, log_probs: Tensor) -> ScoredToken:
-        vocabulary = self._models[0].vocabulary
-        alternatives = self._group.sampling.top_logprobs or 0
-        values, ids = log_probs.topk(alternatives)
+    def _score(self, token: int, log_probs: Tensor, logits: Tensor) -> ScoredToken:
+        piece = self._vocabulary.piece
+        values, ids = log_probs.topk(self._group.sampling.top_logprobs or 0)
         top = tuple(
-            ScoredToken(index, vocabulary.piece(index), value)
+            ScoredToken(index, piece(index), value)
             for index, value in zip(ids.tolist(), values.tolist(), strict=True)
         )
-        return ScoredToken(token, vocabulary.piece(token), float(log_probs[token]), top)
+        scored = ScoredToken(token, piece(token), float(log_probs[token]), top)
+        if not self._group.attribution:
+            return scored
+        return replace(scored, attribution=self._attribution(token, logits))
+
+    def _attribution(self, token: int, logits: Tensor) -> Attribution:
+        weights = self._group.combiner.weights(self._state())
+        active = [index for index, weight in enumerate(weights) if weight]
+        log_probs = _log_probs(logits, token)
+        mean = sum(log_probs[index] for index in active) / len(active)
+        raised = {index: weights[index] * (log_probs[index] - mean) for index in active}
+        return Attribution(max(raised, key=raised.__getitem__), tuple(weights))
+
+
+def _log_probs(logits: Tensor, token: int) -> list[float]:
+    """Log-probability of a token under each row alone."""
+    values: list[float] = (logits[:, token] - logits.logsumexp(-1)).tolist()
+    return values

@@ -1,60 +1,53 @@
-"""Decode groups on one worker thread: a step of each in turn, so that nobody waits for the longest.
+"""The decode engine: a queue in front of a batch that groups join and leave at any step.
 
-The thread owns the models. The event loop hands groups over and gets chunks back; a group that is
-cancelled or raises leaves at the next step and does not touch the others.
+One worker thread owns the models. The event loop hands groups over and gets chunks back; what does
+not fit beside the groups that run waits, in order, and what does not fit the queue is refused.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from polymath.errors import ContextLengthExceeded, GenerationFailed, NotReady, Overloaded
+from polymath.errors import ContextLengthExceeded, InvalidRequest, NotReady, Overloaded
+from polymath.experts.completion import Completion
 from polymath.experts.decoding import Decoding
-from polymath.experts.group import Chunk, DecodeGroup
+from polymath.experts.group import DecodeGroup
 from polymath.experts.lora_model import LoraModel
+from polymath.experts.prefix_cache import PrefixCache
+from polymath.experts.running_batch import RunningBatch
+from polymath.experts.sequence import Sequence as RowInProgress
 from polymath.experts.settings import EngineSettings
 
-__all__ = ["Completion", "Engine"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Engine", "EngineStats"]
 
 
-class Completion:
-    """The answer of one group: an async iterator of chunks, to be closed when nobody listens."""
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at the engine.
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._chunks: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        self._decoding: Decoding | None = None
-        self._over = False
+    Attributes:
+        running, waiting: groups.
+        rows: rows of the running groups.
+        kv_tokens: tokens of cache that the running groups may need.
+        prefix_queried, prefix_hit: prompt tokens so far, and those that were cached already.
+        prefix_tokens: tokens that the prefix cache holds.
+        prompt_tokens, generated_tokens: prompt tokens fed and tokens sampled so far.
+        loaded_adapters: adapters in memory, of all base models.
+    """
 
-    def __aiter__(self) -> Completion:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        if self._over:
-            raise StopAsyncIteration
-        chunk = await self._chunks.get()
-        if isinstance(chunk, Exception):
-            self._over = True
-            raise GenerationFailed(f"The generation failed: {chunk}") from chunk
-        self._over = chunk.finish_reason is not None
-        return chunk
-
-    def close(self) -> None:
-        """Stop generating within one step."""
-        if self._decoding is not None:
-            self._decoding.cancelled = True
-
-    def _deliver(self, chunk: Chunk | Exception) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
-        except RuntimeError:  # the event loop is closed: the server is gone, and the reader with it
-            self.close()
+    running: int
+    waiting: int
+    rows: int
+    kv_tokens: int
+    prefix_queried: int
+    prefix_hit: int
+    prefix_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    loaded_adapters: int
 
 
 class Engine:
@@ -67,8 +60,9 @@ class Engine:
     def __init__(self, models: Mapping[str, LoraModel], settings: EngineSettings) -> None:
         self.models = models
         self._settings = settings
+        self._prefixes = PrefixCache(settings.prefix_cache_tokens)
+        self._batch = RunningBatch(models, self._prefixes, settings.prefill_chunk)
         self._waiting: deque[Decoding] = deque()
-        self._running: list[Decoding] = []
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="polymath-engine", daemon=True)
@@ -79,19 +73,21 @@ class Engine:
 
         Raises:
             ContextLengthExceeded: a row and its answer do not fit the model's context.
+            InvalidRequest: a group does not fit the engine, even alone.
+            ModelNotFound: an adapter is not known.
             Overloaded: the queue is full.
             NotReady: the engine is closed.
         """
-        for group in groups:
-            self._check_length(group)
         completions = [Completion() for _ in groups]
+        decodings = [
+            self._decoding(group, completion)
+            for group, completion in zip(groups, completions, strict=True)
+        ]
         with self._wake:
             if self._closed:
                 raise NotReady("The server is shutting down.")
-            self._check_queue(len(groups))
-            for group, completion in zip(groups, completions, strict=True):
-                completion._decoding = Decoding(group, self.models, completion._deliver)
-                self._waiting.append(completion._decoding)
+            self._check_queue(decodings)
+            self._waiting += decodings
             self._wake.notify()
         return completions
 
@@ -105,26 +101,72 @@ class Engine:
     @property
     def active(self) -> int:
         """Groups that run or wait."""
-        return len(self._running) + len(self._waiting)
+        return len(self._batch.groups) + len(self._waiting)
 
-    def _check_length(self, group: DecodeGroup) -> None:
+    def stats(self) -> EngineStats:
+        """Counts and sums, for metrics; may be a step old."""
+        batch, prefixes = self._batch, self._prefixes
+        running = list(batch.groups)
+        return EngineStats(
+            running=len(running),
+            waiting=len(self._waiting),
+            rows=sum(len(group.rows) for group in running),
+            kv_tokens=sum(group.longest for group in running),
+            prefix_queried=prefixes.queried,
+            prefix_hit=prefixes.hit,
+            prefix_tokens=prefixes.tokens,
+            prompt_tokens=batch.prompt_tokens,
+            generated_tokens=batch.generated_tokens,
+            loaded_adapters=sum(len(model.adapters.loaded) for model in self.models.values()),
+        )
+
+    def _decoding(self, group: DecodeGroup, completion: Completion) -> Decoding:
+        rows = []
         for row in group.rows:
-            limit = self.models[row.base_model].context_length
-            prompt, answer = len(row.prompt), group.sampling.max_tokens
-            if prompt + answer > limit:
-                raise ContextLengthExceeded(
-                    f"This model's maximum context length is {limit} tokens. However, you "
-                    f"requested {prompt + answer} tokens ({prompt} in the messages, {answer} in "
-                    "the completion). Please reduce the length of the messages or completion.",
-                    param="messages",
-                )
+            model = self.models[row.base_model]
+            _check_length(len(row.prompt), group.sampling.max_tokens, model.context_length)
+            adapter = None if row.adapter is None else model.adapters.find(row.adapter)
+            rows.append(RowInProgress(row, adapter, group.sampling.max_tokens))
+        first = self.models[group.rows[0].base_model]
+        decoding = Decoding(group, rows, first.vocabulary, first.eos_ids, completion.deliver)
+        completion.on_close(decoding.cancel)
+        self._check_size(decoding)
+        return decoding
 
-    def _check_queue(self, groups: int) -> None:
-        free = self._settings.max_num_seqs + self._settings.max_waiting - self.active
-        if groups > free:
+    def _check_size(self, decoding: Decoding) -> None:
+        settings = self._settings
+        if len(decoding.rows) > settings.max_num_seqs:
+            raise InvalidRequest(
+                f"The answer needs {len(decoding.rows)} rows, but the engine runs at most "
+                f"{settings.max_num_seqs}; raise engine.max_num_seqs."
+            )
+        if decoding.longest > settings.kv_cache_tokens:
+            raise ContextLengthExceeded(
+                f"The answer may need {decoding.longest} tokens of cache, but the engine has "
+                f"{settings.kv_cache_tokens}. Please reduce the length of the messages or "
+                "completion, or raise engine.kv_cache_tokens.",
+                param="messages",
+            )
+
+    def _check_queue(self, decodings: list[Decoding]) -> None:
+        """The queue has places for what cannot start at once."""
+        waiting = [one for one in [*self._waiting, *decodings] if not one.over]
+        if len(waiting) > self._settings.max_waiting + self._startable(waiting):
             raise Overloaded(
                 f"The engine's queue is full ({self.active} groups run or wait); retry later."
             )
+
+    def _startable(self, waiting: Sequence[Decoding]) -> int:
+        """How many of those that wait, in their order, fit beside those that run."""
+        running = [group for group in self._batch.groups if not group.over]
+        rows = sum(len(group.rows) for group in running)
+        tokens = sum(group.longest for group in running)
+        for count, group in enumerate(waiting):
+            rows += len(group.rows)
+            tokens += group.longest
+            if rows > self._settings.max_num_seqs or tokens > self._settings.kv_cache_tokens:
+                return count
+        return len(waiting)
 
     def _run(self) -> None:
         if self._settings.threads is not None:
@@ -132,26 +174,25 @@ class Engine:
 
             torch.set_num_threads(self._settings.threads)
         while self._admit():
-            for decoding in self._running:
-                self._step(decoding)
+            self._batch.step()
 
     def _admit(self) -> bool:
         """Let finished groups go and waiting ones in; sleep if there is none. False: closed."""
+        self._batch.release()
         with self._wake:
-            self._running = [one for one in self._running if not (one.finished or one.cancelled)]
-            self._waiting = deque(one for one in self._waiting if not one.cancelled)
-            while not (self._closed or self._running or self._waiting):
+            self._waiting = deque(one for one in self._waiting if not one.over)
+            while not (self._closed or self._batch.groups or self._waiting):
                 self._wake.wait()
-            while self._waiting and len(self._running) < self._settings.max_num_seqs:
-                self._running.append(self._waiting.popleft())
+            for _ in range(self._startable(self._waiting)):
+                self._batch.start(self._waiting.popleft())
             return not self._closed
 
-    def _step(self, decoding: Decoding) -> None:
-        if decoding.cancelled:
-            return
-        try:
-            decoding.step()
-        except Exception as error:  # surfaces to the client as GenerationFailed; others go on
-            logger.exception("a decode group failed")
-            decoding.finished = True
-            decoding.deliver(error)
+
+def _check_length(prompt: int, answer: int, limit: int) -> None:
+    if prompt + answer > limit:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limit} tokens. However, you "
+            f"requested {prompt + answer} tokens ({prompt} in the messages, {answer} in "
+            "the completion). Please reduce the length of the messages or completion.",
+            param="messages",
+        )

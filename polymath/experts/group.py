@@ -6,7 +6,7 @@ from typing import Literal
 from polymath.experts.combiner import Combiner
 from polymath.experts.sampling import SamplingParams
 
-__all__ = ["Chunk", "DecodeGroup", "FinishReason", "Row", "ScoredToken"]
+__all__ = ["Attribution", "Chunk", "DecodeGroup", "FinishReason", "Row", "ScoredToken"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -27,11 +27,30 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Rows that answer together: the token sampled from `combiner(logits)` is fed to every row."""
+    """Rows that answer together: the token sampled from `combiner(logits)` is fed to every row.
+
+    Attributes:
+        attribution: say for each token which rows it came from.
+    """
 
     rows: tuple[Row, ...]
     combiner: Combiner
     sampling: SamplingParams
+    attribution: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """Where a token came from.
+
+    Attributes:
+        row: the row that raised its probability most: of all rows the one with the largest
+            `weight * (log p_row - mean of log p over the rows)`.
+        weights: the coefficient of every row in this step.
+    """
+
+    row: int
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +61,14 @@ class ScoredToken:
         piece: the bytes of the token.
         logprob: nats, before penalties, bias and temperature.
         top: the likeliest tokens in order, themselves without `top`.
+        attribution: None unless the group asked for it.
     """
 
     id: int
     piece: bytes
     logprob: float
     top: tuple["ScoredToken", ...] = ()
+    attribution: Attribution | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,31 +1,51 @@
-"""A base model with its LoRA adapters, on PyTorch and PEFT: one row at a time."""
+"""A base model with its LoRA adapters: rows of any adapters go through it together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from polymath.experts.quiet import quiet_loading
+from polymath.experts.adapter_bank import AdapterBank
+from polymath.experts.grammar import GrammarCompiler
+from polymath.experts.kv_slots import KvSlots
+from polymath.experts.lora_weights import read_weights
+from polymath.experts.model_files import weight_shapes
+from polymath.experts.network import Batch, Network
+from polymath.experts.onnx_network import OnnxNetwork, prepare_graph
+from polymath.experts.sequence import Sequence
 from polymath.experts.settings import EngineSettings
+from polymath.experts.torch_network import TorchNetwork
 from polymath.experts.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from torch import Tensor
-    from transformers import Cache, PreTrainedModel
 
-__all__ = ["LoraModel"]
+__all__ = ["Feed", "LoraModel", "runs_on_onnx"]
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The next `count` tokens of a row, which had `before` tokens pending."""
+
+    sequence: Sequence
+    count: int
+    before: int
 
 
 class LoraModel:
-    """Weights, tokenizer and adapters of one base model.
+    """Weights, tokenizer, adapters and cache of one base model.
 
     Args:
         folder: Hugging Face folder of the base model.
-        adapters: name -> PEFT folder, all checked (`read_adapter`).
+        adapters: name -> PEFT folder.
         max_model_len: tokens of prompt and answer; by default the model's own context.
+    Raises:
+        AdapterError: an adapter cannot be used.
+        ModelSourceError: the model cannot be loaded.
     """
 
     def __init__(
@@ -35,70 +55,62 @@ class LoraModel:
         settings: EngineSettings,
         max_model_len: int | None = None,
     ) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.vocabulary = Vocabulary(self.tokenizer)
-        self._device = _device(settings.device)
-        dtype = _dtype(settings.dtype, self._device)
-        with quiet_loading():
-            base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        base.to(self._device).eval()
-        self.context_length = max_model_len or int(base.config.max_position_embeddings)
-        self.eos_ids = _eos_ids(base, self.tokenizer.eos_token_id)
-        # PEFT keeps adapters as attributes, so that a name with a dot would be refused
-        self._slots = {name: f"slot{index}" for index, name in enumerate(adapters)}
-        self._model = _with_adapters(base, {self._slots[n]: p for n, p in adapters.items()})
-        self._active: str | None = next(iter(adapters), None)  # PEFT activates the first one
-        self._inference = torch.inference_mode
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        self.context_length = max_model_len or int(config.max_position_embeddings)
+        self.eos_ids = _eos_ids(folder, self.tokenizer.eos_token_id)
+        self.grammars = GrammarCompiler(self.tokenizer, self.eos_ids)
+        self.network = _network(folder, settings)
+        self.slots = KvSlots(self.network.cache_shape, self.context_length)
+        read = partial(
+            read_weights,
+            sites=self.network.sites,
+            dtype=self.network.dtype,
+            device=self.network.cache_shape.device,
+        )
+        self.adapters = AdapterBank(weight_shapes(folder), read, settings.max_loaded_adapters)
+        for name, path in adapters.items():
+            self.adapters.add(name, path)
 
-    def forward(
-        self, adapter: str | None, tokens: Sequence[int], cache: Cache | None
-    ) -> tuple[Tensor, Cache]:
-        """Feed the next tokens of a row.
+    def forward(self, feeds: list[Feed]) -> None:
+        """Feed rows, each of which owns a slot: those of one token together, the others alone."""
+        singles = [feed.sequence for feed in feeds if feed.count == 1 and not feed.sequence.lags]
+        if singles:
+            self.slots.arrange(singles)
+            rows = [row for row in self.slots.rows(len(singles)) if isinstance(row, Sequence)]
+            self._forward(rows, 1, 0)
+        for feed in feeds:
+            if feed.count > 1 or feed.sequence.lags:
+                self._forward([feed.sequence], feed.count, self.slots.slot(feed.sequence))
 
-        Args:
-            tokens: the prompt at the first call, then the token sampled last.
-            cache: what the last call returned; None at the first.
-        Returns:
-            Logits of the next token, [vocab], float32 on the CPU, and the grown cache.
-        """
-        import torch
-
-        with self._inference():
-            self._activate(adapter)
-            ids = torch.tensor([tokens], device=self._device)
-            result = self._model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            return result.logits[0, -1].float().cpu(), result.past_key_values
-
-    def _activate(self, adapter: str | None) -> None:
-        if adapter == self._active:
-            return
-        model: Any = self._model
-        if adapter is None:
-            model.base_model.disable_adapter_layers()
-        else:
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(self._slots[adapter])
-        self._active = adapter
+    def _forward(self, rows: list[Sequence], count: int, first_slot: int) -> None:
+        batch = Batch(
+            tokens=[row.tokens[row.cached : row.cached + count] for row in rows],
+            past=[row.cached for row in rows],
+            first_slot=first_slot,
+            adapters=[row.weights for row in rows],
+            every=rows[0].lags,
+        )
+        logits: Tensor = self.network.forward(batch, self.slots)
+        for row, of_row in zip(rows, logits, strict=True):
+            row.take(count, of_row)
 
 
-def _with_adapters(
-    base: PreTrainedModel, adapters: Mapping[str, Path]
-) -> PreTrainedModel | PeftModel:
-    from peft import PeftModel
+def runs_on_onnx(settings: EngineSettings) -> bool:
+    """Whether the int8 graph is wanted, for the architectures that it knows."""
+    if settings.backend == "auto":
+        return _device(settings.device).type == "cpu" and settings.dtype == "auto"
+    return settings.backend == "onnx"
 
-    model: PeftModel | None = None
-    with quiet_loading():
-        for slot, folder in adapters.items():
-            if model is None:
-                model = PeftModel.from_pretrained(base, str(folder), adapter_name=slot)
-            else:
-                model.load_adapter(str(folder), adapter_name=slot)
-    return base if model is None else model.eval()
+
+def _network(folder: Path, settings: EngineSettings) -> Network:
+    if runs_on_onnx(settings) and (graph := prepare_graph(folder)) is not None:
+        return OnnxNetwork(folder, graph, settings.threads)
+    device = _device(settings.device)
+    return TorchNetwork(folder, device, _dtype(settings.dtype, device))
 
 
 def _device(name: str) -> torch.device:
@@ -118,7 +130,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> frozenset[int]:
-    configured: int | list[int] | None = model.generation_config.eos_token_id
+def _eos_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # a folder without generation_config.json
+        configured = None
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(index for index in [*ids, tokenizer_eos] if index is not None)

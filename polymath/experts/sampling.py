@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from polymath.experts.grammar import Grammar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +17,9 @@ __all__ = ["Sampler", "SamplingParams"]
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
+
+LIKELIEST = 512
+"""Tokens that are sorted first for top-p; where they do not suffice, all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,7 @@ class SamplingParams:
         top_logprobs: alternatives reported with each token; None reports no log-probabilities.
         seed: the same seed draws the same answer; None draws a fresh one.
         top_k: 0 keeps all tokens.
+        grammar: what the answer must match, if anything.
     """
 
     max_tokens: int
@@ -37,16 +44,18 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     top_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class Sampler:
-    """Draws the tokens of one answer and remembers them for the penalties."""
+    """Draws the tokens of one answer and remembers them for penalties and grammar."""
 
     def __init__(self, params: SamplingParams) -> None:
         import torch
 
         self._params = params
         self._counts: Counter[int] = Counter()
+        self._matcher = params.grammar.start() if params.grammar else None
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -58,17 +67,29 @@ class Sampler:
 
         Args:
             log_probs: [vocab], the combined distribution before penalties and temperature.
+        Raises:
+            InvalidRequest: the grammar allows no token.
         """
-        import torch
-
         scores = self._penalised(log_probs)
+        if self._matcher is not None:
+            scores = scores.masked_fill(~self._matcher.allowed(len(scores)), -math.inf)
         if self._params.temperature < GREEDY_TEMPERATURE:
             token = int(scores.argmax())
         else:
-            probabilities = self._truncated(scores / self._params.temperature)
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
+            token = self._draw(self._truncated(scores / self._params.temperature))
         self._counts[token] += 1
+        if self._matcher is not None:
+            self._matcher.take(token)
         return token
+
+    def _draw(self, probabilities: Tensor) -> int:
+        """Inverse transform sampling: where a uniform number falls in the cumulated weights."""
+        import torch
+
+        cumulated = probabilities.double().cumsum(-1)
+        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * cumulated[-1]
+        drawn = torch.searchsorted(cumulated, point, right=True)
+        return min(int(drawn), int(probabilities.nonzero()[-1]))  # rounding may fall off the end
 
     def _penalised(self, log_probs: Tensor) -> Tensor:
         """OpenAI's penalties on the tokens drawn so far, then the bias."""
@@ -93,14 +114,24 @@ class Sampler:
         params = self._params
         if 0 < params.top_k < len(scores):
             smallest = scores.topk(params.top_k).values[-1]
-            scores = scores.masked_fill(scores < smallest, float("-inf"))
+            scores = scores.masked_fill(scores < smallest, -math.inf)
         probabilities = torch.softmax(scores.float(), dim=-1)
         if params.min_p > 0:
             probabilities[probabilities < params.min_p * probabilities.max()] = 0.0
-        if params.top_p < 1:
-            ordered, order = probabilities.sort(descending=True)
-            before = ordered.cumsum(-1) - ordered
-            dropped = before >= params.top_p * ordered.sum()
-            dropped[0] = False  # the likeliest token stays, however small top_p is
-            probabilities[order[dropped]] = 0.0
-        return probabilities
+        return _nucleus(probabilities, params.top_p) if params.top_p < 1 else probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens that together reach `top_p` of the mass; the others become 0."""
+    import torch
+
+    wanted = top_p * probabilities.sum()
+    values, order = probabilities.topk(min(LIKELIEST, len(probabilities)))
+    if values.sum() < wanted:
+        values, order = probabilities.sort(descending=True)
+    before = values.cumsum(-1) - values
+    kept = before < wanted
+    kept[0] = True  # the likeliest token stays, however small top_p is
+    nucleus = torch.zeros_like(probabilities)
+    nucleus[order[kept]] = values[kept]
+    return nucleus

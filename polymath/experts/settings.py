@@ -128,16 +128,48 @@ class EngineSettings(Section):
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`: CUDA if present."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="`auto`: float32 on a CPU, bfloat16 on a GPU."
+        default="auto",
+        description="`auto`: int8 weights on a CPU where the architecture is known to the fast "
+        "path, else float32; bfloat16 on a GPU.",
+    )
+    backend: Literal["auto", "onnx", "torch"] = Field(
+        default="auto",
+        description="`onnx`: int8 weights on ONNX Runtime, the fast path of a CPU; `torch`: any "
+        "architecture and device. `auto`: onnx on a CPU with `dtype: auto`.",
     )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of the model; by default all cores."
     )
     max_num_seqs: int = Field(
-        default=8, ge=1, le=4096, description="Decode groups that run at the same time."
+        default=16,
+        ge=1,
+        le=4096,
+        description="Rows that run at the same time; an ensemble of four experts is four rows.",
     )
     max_waiting: int = Field(
         default=64, ge=0, description="Groups that may wait; beyond it the answer is 429."
+    )
+    kv_cache_tokens: int = Field(
+        default=32768,
+        ge=16,
+        description="Tokens of all running rows together, prompts and longest answers; what does "
+        "not fit waits.",
+    )
+    prefix_cache_tokens: int = Field(
+        default=16384,
+        ge=0,
+        description="Tokens of finished rows that are kept for the next turn; 0 keeps none.",
+    )
+    prefill_chunk: int = Field(
+        default=64,
+        ge=8,
+        description="Prompt tokens fed in one step, so that a long prompt does not stall others.",
+    )
+    max_loaded_adapters: int = Field(
+        default=64,
+        ge=1,
+        description="Adapters of a base model in memory; the least recently used are let go and "
+        "read again when asked for.",
     )
     max_tokens: int = Field(
         default=512, ge=1, description="Longest answer of a request that gives no `max_tokens`."

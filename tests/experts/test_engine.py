@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from polymath.errors import ContextLengthExceeded, GenerationFailed, Overloaded
 from polymath.experts import (
     Chunk,
     Combiner,
+    CombinerState,
     Completion,
     DecodeGroup,
     Engine,
@@ -43,11 +45,13 @@ class FailsAtStep:
 
     step: int
 
-    def __call__(self, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
-        step = (state or 0) + 1
-        if step == self.step:
+    def __call__(self, logits: Tensor, state: CombinerState) -> tuple[Tensor, CombinerState]:
+        if state.answer_tokens + 1 == self.step:
             raise RuntimeError("the combiner broke")
-        return logits[0].log_softmax(-1), step
+        return logits[0].log_softmax(-1), state
+
+    def weights(self, state: CombinerState) -> Sequence[float]:
+        return (1.0,)
 
 
 def row(engine: Engine, expert: str | None, text: str = "Tell me about the moon.") -> Row:

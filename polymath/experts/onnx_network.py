@@ -1,0 +1,261 @@
+"""A Llama decoder on ONNX Runtime with int8 weights: the fast path of a CPU.
+
+The cache is bound in place (`past` and `present` are the same memory), so that a step copies
+nothing. ONNX Runtime's attention takes several rows of one token, or one row of several.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymath.artifacts import Progress, cached_folder, file_key, no_progress
+from polymath.errors import ModelSourceError
+from polymath.experts.kv_slots import CacheShape, KvSlots
+from polymath.experts.lora_weights import JoinedLora, LoraWeights, join
+from polymath.experts.network import Batch
+from polymath.experts.onnx_graph import graph_sites, supports, write_graph
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from onnxruntime import InferenceSession, IOBinding
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+    Floats = NDArray[np.float32]
+
+__all__ = ["OnnxNetwork", "prepare_graph", "read_config"]
+
+GRAPH_FILE = "decoder.onnx"
+GRAPH_VERSION = "int8-1"
+"""Changes when the graph does, so that a cached one of an older version is not used."""
+
+KEPT_JOINS = 8
+"""Sets of adapters whose joined factors are kept for the next batch of the same adapters."""
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The `config.json` of a Hugging Face folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def prepare_graph(folder: Path, progress: Progress = no_progress) -> Path | None:
+    """The cached int8 graph of a base model, quantised now if it is not there yet.
+
+    Args:
+        folder: Hugging Face folder.
+    Returns:
+        The graph's folder; None if the architecture is not known to the graph.
+    Raises:
+        ModelSourceError: the weights are incomplete, or the cache cannot be written.
+    """
+    config = read_config(folder)
+    if not supports(config):
+        return None
+    first = min(folder.glob("*.safetensors"))
+    key = f"models/{folder.name}-{GRAPH_VERSION}-{file_key(first).rpartition('-')[2]}"
+    return cached_folder(key, partial(_quantise, config, folder, progress))
+
+
+def _quantise(config: PretrainedConfig, folder: Path, progress: Progress, target: Path) -> None:
+    progress(f"{folder.name}: quantising to int8", 0, 1)
+    try:
+        write_graph(config, _Weights(folder), _rotary(config), target / GRAPH_FILE)
+    except KeyError as error:
+        raise ModelSourceError(f"{folder}: the tensor {error} is missing") from error
+    progress(f"{folder.name}: quantised", 1, 1)
+
+
+class _Weights(Mapping[str, "Floats"]):
+    """The tensors of a Hugging Face folder as float32, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {
+            name: tensors
+            for file in sorted(folder.glob("*.safetensors"))
+            for tensors in [_opened(file)]
+            for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        """As it is stored; its pages are read when they are used."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __getitem__(self, name: str) -> Floats:
+        values: Floats = self.tensor(name).float().numpy()
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt")
+
+
+def _rotary(config: PretrainedConfig) -> tuple[Floats, Floats]:
+    """Cosines and sines of every position, [positions, head_dim / 2] (RoFormer, Su et al. 2021)."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    embedding = LlamaRotaryEmbedding(config)
+    positions = torch.arange(config.max_position_embeddings).double()
+    angles = torch.outer(positions, embedding.inv_freq.double())
+    scale = embedding.attention_scaling
+    return (angles.cos() * scale).float().numpy(), (angles.sin() * scale).float().numpy()
+
+
+class OnnxNetwork:
+    """The int8 graph of a base model.
+
+    Args:
+        folder: Hugging Face folder of the base model, for its input embeddings.
+        graph: what `prepare_graph` gave.
+        threads: CPU threads; None is all cores.
+    Raises:
+        ModelSourceError: the graph cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, graph: Path, threads: int | None) -> None:
+        import torch
+
+        config = read_config(folder)
+        self.dtype = torch.float32
+        self.sites = graph_sites(config)
+        self.cache_shape = CacheShape(
+            layers=config.num_hidden_layers,
+            heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        self._config = config
+        self._embeddings = _Weights(folder).tensor("model.embed_tokens.weight")
+        self._session = _session(graph, threads)
+        self._groups = tuple(dict.fromkeys(site.group for site in self.sites))
+        self._nothing = LoraWeights("", dict.fromkeys(self._groups, 1), {}, {})
+        self._joined: OrderedDict[frozenset[LoraWeights], JoinedLora] = OrderedDict()
+        self._bindings: dict[tuple[int, int], _Binding] = {}
+        self._bound_version = 0
+
+    def forward(self, batch: Batch, slots: KvSlots) -> Tensor:
+        import numpy as np
+        import torch
+
+        rows, count = len(batch.tokens), len(batch.tokens[0])
+        joined = self._joined_for(batch.adapters)
+        binding = self._binding(batch.first_slot, rows, slots)
+        binding.use(joined)
+        ids = torch.tensor(batch.tokens).flatten()
+        embedded = torch.nn.functional.embedding(ids, self._embeddings).float().numpy()
+        past = np.array(batch.past, dtype=np.int32)
+        ends = np.arange(rows * count) if batch.every else np.arange(rows) * count + count - 1
+        inputs = {
+            "embeddings": embedded,
+            "shape": np.array([rows, count, sum(self.sites[0].outputs)], dtype=np.int64),
+            "last_positions": past + (count - 1),
+            "longest": np.array([past.max() + count], dtype=np.int32),
+            "wanted": ends.astype(np.int64),
+        }
+        for group in self._groups:
+            mask = joined.mask(group, batch.adapters).T
+            inputs[f"mask.{group}"] = mask.repeat_interleave(count, dim=1).numpy()
+        logits = np.empty((len(ends), self._config.vocab_size), dtype=np.float32)
+        binding.run(inputs, logits)
+        return torch.from_numpy(logits).view(rows, -1, logits.shape[1])
+
+    def _joined_for(self, adapters: Sequence[LoraWeights | None]) -> JoinedLora:
+        """The adapters of a batch side by side; the last few joins are kept."""
+        members = frozenset(one for one in adapters if one is not None)
+        if members not in self._joined:
+            self._joined[members] = self._join(members)
+            if len(self._joined) > KEPT_JOINS:
+                self._joined.popitem(last=False)
+        self._joined.move_to_end(members)
+        return self._joined[members]
+
+    def _join(self, members: frozenset[LoraWeights]) -> JoinedLora:
+        """With a column of zeros for every site that no member changes."""
+        import torch
+
+        joined = join(members or (self._nothing,), self.sites)
+        widths = {group: max(joined.widths.get(group, 0), 1) for group in self._groups}
+        down, up = dict(joined.down), dict(joined.up)
+        for site in self.sites:
+            if site.name not in down:
+                down[site.name] = torch.zeros(site.inputs, widths[site.group])
+                up[site.name] = torch.zeros(widths[site.group], sum(site.outputs))
+        return JoinedLora(joined.members, widths, down, up)
+
+    def _binding(self, first: int, rows: int, slots: KvSlots) -> _Binding:
+        if self._bound_version != slots.version:
+            self._bindings.clear()
+            self._bound_version = slots.version
+        key = (first, rows)
+        if key not in self._bindings:
+            self._bindings[key] = _Binding(self._session, slots, first, rows)
+        return self._bindings[key]
+
+
+class _Binding:
+    """The graph's inputs and outputs for a range of slots, all of them memory of ours."""
+
+    def __init__(self, session: InferenceSession, slots: KvSlots, first: int, rows: int) -> None:
+        self._session = session
+        self._binding: IOBinding = session.io_binding()
+        self._joined: JoinedLora | None = None
+        for kind, tensors in (("key", slots.keys), ("value", slots.values)):
+            for layer, tensor in enumerate(tensors):
+                part = tensor[first : first + rows].numpy()
+                self._bind_input(f"past.{layer}.{kind}", part)
+                self._bind_output(f"present.{layer}.{kind}", part)
+
+    def use(self, joined: JoinedLora) -> None:
+        """Bind the low-rank factors."""
+        if joined is self._joined:
+            return
+        for part, factors in (("A", joined.down), ("B", joined.up)):
+            for site, tensor in factors.items():
+                self._bind_input(f"{site}.{part}", tensor.numpy())
+        self._joined = joined
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], logits: Floats) -> None:
+        for name, values in inputs.items():
+            self._bind_input(name, values)
+        self._bind_output("logits", logits)
+        self._session.run_with_iobinding(self._binding)
+
+    def _bind_input(self, name: str, values: NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+
+    def _bind_output(self, name: str, values: NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
+
+
+def _session(graph: Path, threads: int | None) -> InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(
+            graph / GRAPH_FILE, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common type
+        raise ModelSourceError(
+            f"{graph}: {GRAPH_FILE} cannot be used ({error}); "
+            "delete that folder and it is quantised again"
+        ) from error

@@ -1,0 +1,132 @@
+"""The groups that run: one step for all of them at a time.
+
+In each step every row that decodes takes its last token and one prompt takes a chunk, all rows of a
+base model together (continuous batching, Orca, Yu et al. 2022; chunked prefill, Sarathi, Agrawal et
+al. 2023); then each group whose rows are fed combines, samples and delivers. A group that raises
+ends, and does not touch the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from polymath.errors import PolymathError
+from polymath.experts.decoding import Decoding
+from polymath.experts.lora_model import Feed, LoraModel
+from polymath.experts.prefix_cache import PrefixCache
+from polymath.experts.scheduler import Scheduler
+from polymath.experts.sequence import Sequence
+
+__all__ = ["RunningBatch"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunningBatch:
+    """Groups in progress on some base models.
+
+    Args:
+        prefill_chunk: prompt tokens fed in one step.
+
+    Attributes:
+        groups: those that run, the oldest first.
+        prompt_tokens, generated_tokens: fed and sampled so far.
+    """
+
+    def __init__(
+        self, models: Mapping[str, LoraModel], prefixes: PrefixCache, prefill_chunk: int
+    ) -> None:
+        self.groups: list[Decoding] = []
+        self.prompt_tokens = self.generated_tokens = 0
+        self._models = models
+        self._prefixes = prefixes
+        self._scheduler = Scheduler(prefill_chunk, self._reuse)
+
+    def start(self, group: Decoding) -> None:
+        """Give a group's rows their adapters and places in the cache."""
+        self.groups.append(group)
+        with _ending(group):
+            for row in group.rows:
+                model = self._models[row.base_model]
+                if row.adapter is not None:
+                    row.weights = model.adapters.weights(row.adapter)
+                model.slots.join(row, row.longest)
+
+    def release(self) -> None:
+        """Let go of the groups that are over, and keep what they have cached for the next turn."""
+        for group in self.groups:
+            if group.over:
+                for row in group.rows:
+                    self._leave(row)
+        self.groups = [group for group in self.groups if not group.over]
+
+    def step(self) -> None:
+        """Feed rows; then let every group whose rows are fed sample a token."""
+        rows = [row for group in self.groups for row in _hungry(group)]
+        for name in dict.fromkeys(row.base_model for row in rows):
+            self._feed(self._models[name], [row for row in rows if row.base_model == name])
+        for group in self.groups:
+            if not _hungry(group) and not group.over:
+                with _ending(group):
+                    group.step()
+                    self.generated_tokens += 1
+
+    def _feed(self, model: LoraModel, rows: list[Sequence]) -> None:
+        feeds = self._scheduler.feeds(rows)
+        try:
+            model.forward(feeds)
+        except Exception:
+            logger.exception("a batch failed; its rows are fed one by one")
+            for feed in feeds:
+                self._feed_alone(model, feed)
+        for feed in feeds:
+            if feed.count > 1:
+                self.prompt_tokens += feed.count
+                if not feed.sequence.pending:
+                    self._keep(feed.sequence)
+
+    def _feed_alone(self, model: LoraModel, feed: Feed) -> None:
+        if feed.sequence.pending < feed.before:
+            return  # it was fed before the batch failed
+        owner = next(group for group in self.groups if feed.sequence in group.rows)
+        with _ending(owner):
+            model.forward([feed])
+
+    def _leave(self, row: Sequence) -> None:
+        slots = self._models[row.base_model].slots
+        if slots.holds(row):
+            if row.cached > row.prompt_tokens:
+                self._keep(row)
+            slots.leave(row)
+
+    def _reuse(self, row: Sequence) -> None:
+        saved = self._prefixes.longest((row.base_model, row.adapter), row.tokens)
+        if saved is not None:
+            self._models[row.base_model].slots.write(row, saved)
+            row.cached = saved.shape[3]
+
+    def _keep(self, row: Sequence) -> None:
+        if self._prefixes.max_tokens >= row.cached:
+            saved = self._models[row.base_model].slots.read(row)
+            self._prefixes.keep((row.base_model, row.adapter), row.tokens[: row.cached], saved)
+
+
+def _hungry(group: Decoding) -> list[Sequence]:
+    if not group.over:
+        with _ending(group):
+            return group.hungry()
+    return []
+
+
+@contextmanager
+def _ending(group: Decoding) -> Iterator[None]:
+    """Whatever is raised inside ends the group, surfaces to its client, and nowhere else."""
+    try:
+        yield
+    except PolymathError as error:
+        group.fail(error)
+    except Exception as error:
+        logger.exception("a decode group failed")
+        group.fail(error)
