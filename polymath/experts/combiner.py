@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,9 @@ __all__ = [
     "WeightedLogits",
     "posterior_weights",
 ]
+
+UNDERFLOW = 1e-30
+"""Probabilities below this are computed from logarithms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,14 @@ class CombinerState:
 
 
 class Combiner(Protocol):
-    """How the rows of a decode group become one distribution."""
+    """How the rows of a decode group become one distribution.
+
+    Attributes:
+        follows_text: whether the weights depend on how likely each row found the answer so far;
+            only then is that counted.
+    """
+
+    follows_text: ClassVar[bool]
 
     def __call__(self, logits: Tensor, state: CombinerState) -> tuple[Tensor, CombinerState]:
         """Combine one step.
@@ -65,6 +75,7 @@ class Combiner(Protocol):
 class Select:
     """The distribution of one row alone."""
 
+    follows_text: ClassVar[bool] = False
     row: int = 0
 
     def __call__(self, logits: Tensor, state: CombinerState) -> tuple[Tensor, CombinerState]:
@@ -82,6 +93,7 @@ class WeightedLogits:
         coefficients: one a row; they may be negative, and need not sum to 1.
     """
 
+    follows_text: ClassVar[bool] = False
     coefficients: tuple[float, ...]
 
     def __call__(self, logits: Tensor, state: CombinerState) -> tuple[Tensor, CombinerState]:
@@ -97,6 +109,7 @@ class WeightedLogits:
 class ProxyTuning:
     """softmax(s_M + alpha (s_M+ - s_M-)) over the rows M, M+, M- (Liu et al. 2024, eq. 1)."""
 
+    follows_text: ClassVar[bool] = False
     alpha: float = 1.0
 
     def __call__(self, logits: Tensor, state: CombinerState) -> tuple[Tensor, CombinerState]:
@@ -115,6 +128,7 @@ class Mixture:
         shares: one a row, non-negative; they are normalised.
     """
 
+    follows_text: ClassVar[bool] = False
     shares: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -143,6 +157,7 @@ class Posterior:
         floor: the least posterior weight that counts.
     """
 
+    follows_text: ClassVar[bool] = True
     prior: tuple[float, ...]
     top_k: int | None = None
     floor: float = 0.01
@@ -203,7 +218,13 @@ def _mixed(logits: Tensor, weights: Sequence[float]) -> Tensor:
     if len(rows) == 1:
         return logits[rows[0]].log_softmax(-1)
     shares = logits.new_tensor([weights[row] for row in rows])
-    return (logits[rows].log_softmax(-1) + shares.log()[:, None]).logsumexp(0)
+    mixture = shares @ logits[rows].softmax(-1)
+    log_probs = mixture.log()
+    vanished = (mixture < UNDERFLOW).nonzero().flatten()
+    if len(vanished):  # too unlikely for a float32, yet a grammar may leave nothing else
+        normalisers = logits[rows].logsumexp(-1, keepdim=True) - shares.log()[:, None]
+        log_probs[vanished] = (logits[rows][:, vanished] - normalisers).logsumexp(0)
+    return log_probs
 
 
 def _nonzero(values: Sequence[float]) -> list[int]:

@@ -85,6 +85,7 @@ class Decoding:
         self.deliver(error)
 
     def _state(self) -> CombinerState:
+        """Likelihoods are 0 where the combiner does not follow the text."""
         import torch
 
         return CombinerState(
@@ -107,14 +108,15 @@ class Decoding:
 
     def _append(self, token: int, logits: Tensor) -> None:
         self.answer_tokens += 1
-        log_probs = _log_probs(logits, token) if len(self.rows) > 1 else [0.0]
+        counted = self._group.combiner.follows_text
+        log_probs = _log_probs(logits, token) if counted else [0.0] * len(self.rows)
         for row, log_prob in zip(self.rows, log_probs, strict=True):
             if not row.pending:
-                row.score(token, log_prob)
+                row.score(log_prob)
             row.tokens.append(token)
 
     def _chunk(self, token: int, log_probs: Tensor, logits: Tensor) -> Chunk:
-        if token in self._eos_ids:
+        if token in self._eos_ids and not self._group.sampling.ignore_eos:
             return Chunk(self._text.finish(), None, "stop")
         scored = self._score(token, log_probs, logits)
         text = self._text.push(scored.piece)

@@ -16,6 +16,7 @@ from polymath.experts.completion import Completion
 from polymath.experts.decoding import Decoding
 from polymath.experts.group import DecodeGroup
 from polymath.experts.lora_model import LoraModel
+from polymath.experts.onnx_network import OnnxNetwork
 from polymath.experts.prefix_cache import PrefixCache
 from polymath.experts.running_batch import RunningBatch
 from polymath.experts.sequence import Sequence as RowInProgress
@@ -169,9 +170,12 @@ class Engine:
         return len(waiting)
 
     def _run(self) -> None:
-        if self._settings.threads is not None:
-            import torch
+        import torch
 
+        if all(isinstance(model.network, OnnxNetwork) for model in self.models.values()):
+            # what is left for torch is small, and a second thread pool would fight for the cores
+            torch.set_num_threads(1)
+        elif self._settings.threads is not None:
             torch.set_num_threads(self._settings.threads)
         while self._admit():
             self._batch.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from polymath.experts.adapter_bank import AdapterBank
 from polymath.experts.grammar import GrammarCompiler
+from polymath.experts.group import Row
 from polymath.experts.kv_slots import KvSlots
 from polymath.experts.lora_weights import read_weights
 from polymath.experts.model_files import weight_shapes
@@ -85,6 +86,18 @@ class LoraModel:
         for feed in feeds:
             if feed.count > 1 or feed.sequence.lags:
                 self._forward([feed.sequence], feed.count, self.slots.slot(feed.sequence))
+
+    def all_logits(self, adapter: str | None, tokens: Iterable[int]) -> Tensor:
+        """Logits after every token of a text, [tokens, vocab], for measurements."""
+        known = None if adapter is None else self.adapters.find(adapter)
+        row = Sequence(Row("", adapter, tuple(tokens)), known, 0)
+        row.weights = None if known is None else self.adapters.weights(known)
+        self.slots.join(row, row.longest)
+        try:
+            batch = Batch([row.tokens], [0], self.slots.slot(row), [row.weights], every=True)
+            return self.network.forward(batch, self.slots)[0]
+        finally:
+            self.slots.leave(row)
 
     def _forward(self, rows: list[Sequence], count: int, first_slot: int) -> None:
         batch = Batch(

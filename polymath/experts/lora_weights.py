@@ -2,7 +2,7 @@
 
 A batch may hold rows of different adapters, or of none. The base weights are multiplied once for
 all rows; the low-rank update of every row comes from the joined factors,
-`y = W x + (mask * (x A)) B`, where the mask keeps for each row the columns of its own adapter. This
+`y = W x + B (mask * (A x))`, where the mask keeps for each row the columns of its own adapter. This
 is S-LoRA's heterogeneous batch (Sheng et al. 2023) with a mask in place of a gather, since on a CPU
 one small dense product is cheaper than copying factors for every row.
 """
@@ -49,7 +49,7 @@ class LoraWeights:
 
     Attributes:
         widths: group -> low-rank columns.
-        down: site -> A, [inputs, width of its group]; absent where the adapter changes nothing.
+        down: site -> A, [width of its group, inputs]; absent where the adapter changes nothing.
         up: site -> B times the adapter's scale, [width of its group, outputs].
     """
 
@@ -109,10 +109,10 @@ def read_weights(
 def _site_factors(
     site: Site, file: AdapterFile, width: int, tensor: object
 ) -> tuple[Tensor, Tensor]:
-    """A [inputs, width] and scaled B [width, outputs]; every module has columns of its own."""
+    """A [width, inputs] and scaled B [width, outputs]; every module has columns of its own."""
     import torch
 
-    down = torch.zeros(site.inputs, width)
+    down = torch.zeros(width, site.inputs)
     up = torch.zeros(width, sum(site.outputs))
     column = output = 0
     for module, features in zip(site.modules, site.outputs, strict=True):
@@ -121,7 +121,7 @@ def _site_factors(
                 tensor(f"base_model.model.{module}.lora_{factor}.weight").float()  # type: ignore[operator]
                 for factor in "AB"
             )
-            down[:, column : column + rank] = a.T
+            down[column : column + rank] = a
             up[column : column + rank, output : output + features] = file.scales[module] * b.T
             column += rank
         output += features
@@ -143,11 +143,11 @@ def join(members: Iterable[LoraWeights], sites: Sequence[Site]) -> JoinedLora:
             continue
         starts = _starts(chosen, site.group)
         like = parts[0].down[site.name]
-        down[site.name] = torch.zeros(site.inputs, widths[site.group]).to(like)
+        down[site.name] = torch.zeros(widths[site.group], site.inputs).to(like)
         up[site.name] = torch.zeros(widths[site.group], sum(site.outputs)).to(like)
         for member in parts:
             columns = slice(starts[member], starts[member] + member.widths[site.group])
-            down[site.name][:, columns] = member.down[site.name]
+            down[site.name][columns] = member.down[site.name]
             up[site.name][columns] = member.up[site.name]
     return JoinedLora(chosen, widths, down, up)
 

@@ -1,6 +1,6 @@
 """A Llama decoder as an ONNX graph with int8 weights, a KV cache and low-rank updates as inputs.
 
-Weights are quantised in blocks of 32 along the input (`MatMulNBits`, as in Frantar et al. 2022 and
+Weights are quantised in blocks of 64 along the input (`MatMulNBits`, as in Frantar et al. 2022 and
 GGUF's Q8 formats); activations are quantised to int8 inside the kernel. The low-rank factors of the
 adapters in use come in as inputs, joined side by side, so that the base weights are multiplied once
 for rows of different adapters: `y = W x + B (mask * (A x))`, where the mask of a row keeps the
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCK", "graph_sites", "quantise", "supports", "write_graph"]
 
-BLOCK = 32
+BLOCK = 64
 """Weights that share a scale and a zero point."""
 
 INT8_ACTIVATIONS = 4
@@ -220,10 +220,10 @@ class _Graph:
         name, rank = site.name, f"rank.{site.group}"
 
         def apply(inputs: str) -> str:
-            self._input(f"{name}.A", np.float32, [site.inputs, rank])
+            self._input(f"{name}.A", np.float32, [rank, site.inputs])
             self._input(f"{name}.B", np.float32, [rank, sum(site.outputs)])
             whole = self._product(f"{name}.base", inputs, weight)
-            low = self._node("Gemm", [f"{name}.A", inputs], f"{name}.low", transA=1, transB=1)
+            low = self._node("Gemm", [f"{name}.A", inputs], f"{name}.low", transB=1)
             masked = self._node("Mul", [low, f"mask.{site.group}"], f"{name}.masked")
             return self._node("Gemm", [masked, f"{name}.B", whole], name, transA=1)
 

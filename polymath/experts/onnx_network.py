@@ -195,7 +195,7 @@ class OnnxNetwork:
         down, up = dict(joined.down), dict(joined.up)
         for site in self.sites:
             if site.name not in down:
-                down[site.name] = torch.zeros(site.inputs, widths[site.group])
+                down[site.name] = torch.zeros(widths[site.group], site.inputs)
                 up[site.name] = torch.zeros(widths[site.group], sum(site.outputs))
         return JoinedLora(joined.members, widths, down, up)
 
@@ -250,6 +250,8 @@ def _session(graph: Path, threads: int | None) -> InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    # between two steps the cores belong to the sampler and the event loop
+    # options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(
             graph / GRAPH_FILE, options, providers=["CPUExecutionProvider"]

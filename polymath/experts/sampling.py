@@ -30,6 +30,7 @@ class SamplingParams:
         top_logprobs: alternatives reported with each token; None reports no log-probabilities.
         seed: the same seed draws the same answer; None draws a fresh one.
         top_k: 0 keeps all tokens.
+        ignore_eos: go on past the end token, for benchmarks.
         grammar: what the answer must match, if anything.
     """
 
@@ -44,6 +45,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     top_logprobs: int | None = None
+    ignore_eos: bool = False
     grammar: Grammar | None = None
 
 

@@ -58,7 +58,7 @@ class Sequence:
         self.cached += count
         self.logits = logits[-1]
 
-    def score(self, token: int, log_prob: float) -> None:
+    def score(self, log_prob: float) -> None:
         """Note the likelihood of the answer's next token under this row."""
         self.log_likelihood += log_prob
         self.scored += 1
@@ -68,4 +68,4 @@ class Sequence:
         first = self.cached + 1
         unscored = self.prompt_tokens + self.scored
         for index in range(max(unscored - first, 0), len(following)):
-            self.score(following[index], float(logits[index].log_softmax(-1)[following[index]]))
+            self.score(float(logits[index].log_softmax(-1)[following[index]]))

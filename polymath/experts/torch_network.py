@@ -91,7 +91,7 @@ class TorchNetwork:
             joined, mask = self._joined, self._mask
             if joined is None or mask is None or name not in joined.down:
                 return None
-            low = inputs[0] @ joined.down[name]
+            low = inputs[0] @ joined.down[name].T
             return output + (low * mask) @ joined.up[name]
 
         return add_update

@@ -9,6 +9,7 @@ from polymath.training.data import (
     read_chats,
     read_prompts,
 )
+from polymath.training.engine_perplexity import answer_perplexity
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.lora import LoraTrainer
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -25,6 +26,7 @@ __all__ = [
     "Perplexity",
     "PromptRow",
     "adapter_card",
+    "answer_perplexity",
     "evaluate_router",
     "expert_matrix",
     "fingerprint",

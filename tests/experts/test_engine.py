@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -43,6 +43,7 @@ QUESTIONS = {
 class FailsAtStep:
     """A combiner that raises at one step."""
 
+    follows_text: ClassVar[bool] = False
     step: int
 
     def __call__(self, logits: Tensor, state: CombinerState) -> tuple[Tensor, CombinerState]:

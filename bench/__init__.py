@@ -1,0 +1,1 @@
+"""Benchmarks that print tables, each with its peer in the same run."""
