@@ -1,6 +1,7 @@
 """`polymath check`, `polymath schema` and `polymath experts`: the config file itself."""
 
 import json
+from typing import Any
 
 import typer
 
@@ -40,11 +41,12 @@ def list_experts(config: ConfigOption = DEFAULT_CONFIG, as_json: AsJson = False)
 
     settings = load_config(config).settings
     catalog = build_catalog(settings.base_models, settings.experts)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "kind": expert.settings.kind,
-            "base_model": expert.settings.base_model,
+            "base_model": expert.settings.base_model or "",
+            "members": list(expert.settings.parts()),
             "domains": list(expert.domains),
             "description": expert.settings.description,
         }
@@ -53,13 +55,13 @@ def list_experts(config: ConfigOption = DEFAULT_CONFIG, as_json: AsJson = False)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("name", "kind", "base model", "domains", "description")
+    table = Table("name", "kind", "stands on", "domains", "description")
     for row in rows:
         table.add_row(
-            str(row["name"]),
-            str(row["kind"]),
-            str(row["base_model"]),
+            row["name"],
+            row["kind"],
+            row["base_model"] or " + ".join(row["members"]),
             ", ".join(row["domains"]),
-            str(row["description"]),
+            row["description"],
         )
     Console().print(table)

@@ -20,7 +20,7 @@ from polymath.experts.combiner import (
 )
 from polymath.experts.completion import Completion
 from polymath.experts.engine import Engine, EngineStats
-from polymath.experts.grammar import Grammar, GrammarSpec
+from polymath.experts.grammar import Grammar, GrammarKind, GrammarSpec
 from polymath.experts.group import (
     Attribution,
     Chunk,
@@ -29,8 +29,10 @@ from polymath.experts.group import (
     Row,
     ScoredToken,
 )
-from polymath.experts.lora_model import LoraModel
+from polymath.experts.lora_model import LoraModel, runs_on_onnx
 from polymath.experts.model_files import prepare_base_model, weight_shapes
+from polymath.experts.onnx_network import prepare_graph
+from polymath.experts.plan import Plan, check_vocabularies, plan_answer
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
@@ -61,10 +63,12 @@ __all__ = [
     "ExpertSettings",
     "FinishReason",
     "Grammar",
+    "GrammarKind",
     "GrammarSpec",
     "LoraModel",
     "Message",
     "Mixture",
+    "Plan",
     "Posterior",
     "Price",
     "ProxyTuning",
@@ -78,13 +82,17 @@ __all__ = [
     "WeightedLogits",
     "adapters_on",
     "build_catalog",
+    "check_vocabularies",
     "expert_row",
     "frame_conversation",
     "load_models",
+    "plan_answer",
     "posterior_weights",
     "prepare_base_model",
+    "prepare_graph",
     "quiet_loading",
     "read_adapter",
     "render_chat",
+    "runs_on_onnx",
     "weight_shapes",
 ]

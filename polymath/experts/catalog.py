@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,13 +73,16 @@ def adapters_on(base_model: str, experts: Mapping[str, ExpertSettings]) -> dict[
     }
 
 
-def expert_row(expert: Expert, models: Mapping[str, LoraModel], messages: list[Message]) -> Row:
-    """The row by which an expert answers a conversation.
+def expert_row(expert: Expert, models: Mapping[str, LoraModel], messages: Sequence[Message]) -> Row:
+    """The row by which an expert of one model answers a conversation.
 
     Raises:
         InvalidRequest: the model's chat template refuses the conversation.
+        ValueError: the expert combines others.
     """
     settings = expert.settings
+    if settings.base_model is None:
+        raise ValueError(f"{expert.name} is of kind {settings.kind} and has no row of its own")
     few_shot = [turn.model_dump() for turn in settings.few_shot]
     framed = frame_conversation(messages, settings.system_prompt, few_shot)
     prompt = render_chat(models[settings.base_model].tokenizer, framed)

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Grammar", "GrammarCompiler", "GrammarMatcher", "GrammarSpec"]
+__all__ = ["Grammar", "GrammarCompiler", "GrammarKind", "GrammarMatcher", "GrammarSpec"]
 
 WHITE_SPACE = r"(\x20|\n\x20{0,16})?"
 """One space, or a line break with its indentation: a small model may not fill the answer with
 white space, which JSON allows without end."""
 
 MAX_MESSAGE = 400
+
+
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class GrammarSpec:
         param: the request field that it came from.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    kind: GrammarKind
     content: Any
     param: str
 

@@ -18,9 +18,6 @@ __all__ = ["Sampler", "SamplingParams"]
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
 
-LIKELIEST = 512
-"""Tokens that are sorted first for top-p; where they do not suffice, all are."""
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -124,16 +121,19 @@ class Sampler:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The likeliest tokens that together reach `top_p` of the mass; the others become 0."""
+    """The likeliest tokens that together reach `top_p` of the mass; the others become 0.
+
+    Tokens below a fair share of the rest, `(1 - top_p) / vocab`, cannot be among them: all of these
+    together have less than the rest. So only the few above it are sorted.
+    """
     import torch
 
-    wanted = top_p * probabilities.sum()
-    values, order = probabilities.topk(min(LIKELIEST, len(probabilities)))
-    if values.sum() < wanted:
-        values, order = probabilities.sort(descending=True)
+    total = probabilities.sum()
+    candidates = (probabilities >= (1 - top_p) / len(probabilities) * total).nonzero().flatten()
+    values, order = probabilities[candidates].sort(descending=True)
     before = values.cumsum(-1) - values
-    kept = before < wanted
+    kept = before < top_p * total
     kept[0] = True  # the likeliest token stays, however small top_p is
     nucleus = torch.zeros_like(probabilities)
-    nucleus[order[kept]] = values[kept]
+    nucleus[candidates[order[kept]]] = values[kept]
     return nucleus

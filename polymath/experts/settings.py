@@ -1,5 +1,6 @@
 """The config sections `base_models`, `experts` and `engine`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,13 +70,31 @@ class Price(Section):
     output: float = Field(default=0.0, ge=0, description="Dollars for a million answer tokens.")
 
 
-class ExpertSettings(Section):
-    """An expert: a LoRA adapter on a base model, or the base model under instructions."""
+Name = Annotated[str, Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-    kind: Literal["lora", "base"] = Field(
-        default="lora", description="`lora`: an adapter; `base`: the base model itself."
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "lora": ("base_model", "adapter"),
+    "base": ("base_model",),
+    "ensemble": ("members",),
+    "proxy_tuned": ("large", "tuned", "untuned"),
+}
+"""Keys that an expert of a kind must have; it may not have those that only other kinds need."""
+
+OWN_PROMPT = ("system_prompt", "few_shot")
+
+
+class ExpertSettings(Section):
+    """An expert: a LoRA adapter on a base model, the base model under instructions, or several
+    experts whose next-token distributions are combined."""
+
+    kind: Literal["lora", "base", "ensemble", "proxy_tuned"] = Field(
+        default="lora",
+        description="`lora`: an adapter; `base`: the base model itself; `ensemble`: several "
+        "experts at once; `proxy_tuned`: a large model steered by a small tuned one.",
     )
-    base_model: str = Field(
+    base_model: str | None = Field(
+        default=None,
         min_length=1,
         description="A name under `base_models`, or a Hugging Face id (ORG/NAME) as it is.",
     )
@@ -83,8 +102,37 @@ class ExpertSettings(Section):
         default=None,
         description="PEFT adapter folder (safetensors), relative to the config file.",
     )
+    members: dict[Name, Share] | tuple[Name, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Experts of an ensemble: a mapping to their weights, or a list, whose weights "
+        "are the router's for each conversation.",
+    )
+    combine: Literal["logits", "probabilities", "posterior"] = Field(
+        default="probabilities",
+        description="How an ensemble becomes one distribution: weighted logits (ELREA), weighted "
+        "probabilities, or probabilities whose weights follow the text (DEMix).",
+    )
+    top_k: int | None = Field(
+        default=None, ge=1, description="`posterior`: at most so many members count at a time."
+    )
+    floor: float = Field(
+        default=0.01, ge=0, lt=1, description="`posterior`: the least weight that counts."
+    )
+    large: Name | None = Field(
+        default=None, description="The model M that is steered: an expert or base model."
+    )
+    tuned: Name | None = Field(
+        default=None, description="The small tuned expert M+, of the same vocabulary."
+    )
+    untuned: Name | None = Field(default=None, description="Its untuned twin M-.")
+    alpha: float = Field(
+        default=1.0,
+        allow_inf_nan=False,
+        description="How far M is steered: s_M + alpha (s_M+ - s_M-).",
+    )
     description: str = Field(default="", description="What the expert is good at.")
-    domains: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+    domains: tuple[Name, ...] = Field(
         default=(),
         description="Router domains that this expert answers; by default its own name.",
     )
@@ -105,12 +153,39 @@ class ExpertSettings(Section):
         """The router domains that the expert of this name answers."""
         return self.domains or (name,)
 
+    def parts(self) -> Mapping[str, str]:
+        """The experts that this one combines: name -> the key that names it."""
+        named = dict.fromkeys(self.members or (), "members")
+        steered = {"large": self.large, "tuned": self.tuned, "untuned": self.untuned}
+        return named | {name: key for key, name in steered.items() if name is not None}
+
+    @property
+    def weighs_by_router(self) -> bool:
+        """Whether the router gives the members of the ensemble their weights."""
+        return self.kind == "ensemble" and not isinstance(self.members, Mapping)
+
     @model_validator(mode="after")
-    def _adapter_fits_kind(self) -> "ExpertSettings":
-        if self.kind == "lora" and self.adapter is None:
-            raise ValueError("an expert of kind lora needs `adapter`; or say `kind: base`")
-        if self.kind == "base" and self.adapter is not None:
-            raise ValueError("an expert of kind base has no `adapter`")
+    def _keys_fit_kind(self) -> "ExpertSettings":
+        needed = NEEDS[self.kind]
+        for key in needed:
+            if getattr(self, key) is None:
+                hint = "; or say `kind: base`" if key == "adapter" else ""
+                raise ValueError(f"an expert of kind {self.kind} needs `{key}`{hint}")
+        for key in sorted({key for keys in NEEDS.values() for key in keys} - set(needed)):
+            if getattr(self, key) is not None:
+                raise ValueError(f"an expert of kind {self.kind} has no `{key}`")
+        combined = "base_model" not in needed
+        for key in OWN_PROMPT:
+            if combined and getattr(self, key):
+                raise ValueError(
+                    f"an expert of kind {self.kind} has no `{key}`; its experts have their own"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _members_have_weight(self) -> "ExpertSettings":
+        if isinstance(self.members, dict) and not any(self.members.values()):
+            raise ValueError("the weights of `members` are all zero")
         return self
 
     @model_validator(mode="after")

@@ -37,6 +37,14 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self._pieces)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether every id stands for the same token."""
+        if not isinstance(other, Vocabulary):
+            return NotImplemented
+        return self._pieces == other._pieces and self._added == other._added
+
+    __hash__ = object.__hash__
+
     @property
     def starts_with_space(self) -> bool:
         """Whether an answer's first token carries a space that does not belong to its text."""

@@ -14,11 +14,18 @@ from starlette.responses import Response
 from polymath import __version__
 from polymath.errors import ModelNotFound, NotReady
 from polymath.experts import Engine, Expert, build_catalog
+from polymath.gateway.adapters import AdapterUpdates
 from polymath.gateway.completion import ChatCompletion, decision_headers
 from polymath.gateway.failures import handle_failures
+from polymath.gateway.metrics import metrics_response
 from polymath.gateway.middleware import BodyLimit, RequestId
 from polymath.gateway.prepare import Prepared
-from polymath.gateway.protocol import ChatRequest, RouteRequest
+from polymath.gateway.protocol import (
+    ChatRequest,
+    LoadAdapterRequest,
+    RouteRequest,
+    UnloadAdapterRequest,
+)
 from polymath.gateway.service import ChatService, decide, open_service
 from polymath.gateway.settings import ROUTED_MODELS
 from polymath.gateway.streaming import EventStream, unless_disconnected
@@ -49,6 +56,8 @@ class Gateway:
         self._prepared = prepared
         self._on_failure = on_failure
         self._service: ChatService | None = None
+        self._updates: AdapterUpdates | None = None
+        self.allow_updates = settings.server.allow_runtime_lora_updating
 
     @property
     def ready(self) -> bool:
@@ -75,10 +84,21 @@ class Gateway:
             raise NotReady("The models are still loading; retry in a few seconds.")
         return self._service
 
+    @property
+    def updates(self) -> AdapterUpdates:
+        """Adds and removes adapters.
+
+        Raises:
+            NotReady: the models are still loading.
+        """
+        if self._updates is None:
+            self._updates = AdapterUpdates(self.catalog, self.engine.models)
+        return self._updates
+
     async def load(self) -> None:
         """Load the models; the server answers probes meanwhile."""
         try:
-            self._service = await asyncio.to_thread(open_service, self._prepared)
+            self._service = await asyncio.to_thread(open_service, self._prepared, self.catalog)
         except Exception as error:  # ends the server: `serve` prints it and exits non-zero
             logger.exception("the models cannot be loaded")
             self.failure = error
@@ -134,6 +154,9 @@ def create_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(RequestId)
     handle_failures(app)
     _add_endpoints(app)
+    if gateway.allow_updates:
+        app.post("/v1/load_lora_adapter", response_model=None)(load_lora_adapter)
+        app.post("/v1/unload_lora_adapter", response_model=None)(unload_lora_adapter)
     return app
 
 
@@ -150,6 +173,7 @@ def _add_endpoints(app: FastAPI) -> None:
     app.post("/v1/route", response_model=None)(route)
     app.get("/v1/models", response_model=None)(list_models)
     app.get("/v1/models/{name:path}", response_model=None)(retrieve_model)
+    app.get("/metrics", response_model=None)(metrics)
     app.get("/healthz", response_model=None)(healthz)
     app.get("/readyz", response_model=None)(readyz)
 
@@ -197,6 +221,23 @@ async def retrieve_model(name: str, gateway: Shared) -> Response:
     return _json(gateway.model_card(name))
 
 
+async def load_lora_adapter(body: LoadAdapterRequest, gateway: Shared) -> Response:
+    """Make an adapter folder an expert."""
+    await asyncio.to_thread(gateway.updates.load, body)
+    return _json({"status": "loaded", "lora_name": body.lora_name})
+
+
+async def unload_lora_adapter(body: UnloadAdapterRequest, gateway: Shared) -> Response:
+    """Forget an adapter that was loaded at run time."""
+    gateway.updates.unload(body.lora_name)
+    return _json({"status": "unloaded", "lora_name": body.lora_name})
+
+
+async def metrics(gateway: Shared) -> Response:
+    """What the engine counts, for Prometheus."""
+    return metrics_response(gateway.engine.stats)
+
+
 async def healthz() -> Response:
     """The process is alive."""
     return _json({"status": "alive"})
@@ -219,6 +260,7 @@ def _about(expert: Expert) -> dict[str, Any]:
         "kind": settings.kind,
         "description": settings.description,
         "base_model": settings.base_model,
+        "members": list(settings.parts()),
         "domains": list(expert.domains),
         "price": settings.price.model_dump() if settings.price else None,
     }

@@ -26,19 +26,20 @@ class ChatCompletion:
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": answer.expert.name,
-            "system_fingerprint": f"polymath-{answer.expert.settings.base_model}",
+            "system_fingerprint": _fingerprint(answer),
         }
 
     async def whole(self) -> dict[str, Any]:
         """The `chat.completion` object, when the last choice is finished."""
-        choices = [_Choice(index) for index in range(self._request.n)]
+        names = self._answer.plan.names
+        choices = [_Choice(index, names) for index in range(self._request.n)]
         async for index, chunk in _merged(self._answer.completions):
             self._completion_tokens += 1
             choices[index].add(chunk)
         body = {
             **self._common,
             "object": "chat.completion",
-            "choices": [choice.to_dict(self._request.logprobs) for choice in choices],
+            "choices": [choice.to_dict(self._request) for choice in choices],
             "usage": self._usage(),
             "polymath": self._answer.decision.to_dict(),
         }
@@ -53,12 +54,16 @@ class ChatCompletion:
             yield self._chunk(index, first, polymath=self._answer.decision.to_dict())
         async for index, chunk in _merged(self._answer.completions):
             self._completion_tokens += 1
-            if chunk.text or (self._request.logprobs and chunk.token):
+            if chunk.text or (self._wants_every_token and chunk.token):
                 yield self._chunk(index, {"delta": {"content": chunk.text}}, [chunk.token])
             if chunk.finish_reason is not None:
                 yield self._chunk(index, {"delta": {}, "finish_reason": chunk.finish_reason})
         if self._wants_usage:
             yield self._event([], usage=self._usage())
+
+    @property
+    def _wants_every_token(self) -> bool:
+        return self._request.logprobs or self._request.polymath.attribution
 
     @property
     def _wants_usage(self) -> bool:
@@ -75,6 +80,8 @@ class ChatCompletion:
         scored = [token for token in tokens if token is not None]
         logprobs = _logprobs(scored) if self._request.logprobs and scored else None
         body = {"index": index, "finish_reason": None, "logprobs": logprobs, **choice}
+        if self._request.polymath.attribution and scored:
+            body["polymath"] = _attributions(scored, self._answer.plan.names)
         return self._event([body], **extra)
 
     def _event(self, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
@@ -94,8 +101,9 @@ class ChatCompletion:
 class _Choice:
     """One choice of a whole answer, as its chunks come in."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, names: Sequence[str]) -> None:
         self._index = index
+        self._names = names
         self._text: list[str] = []
         self._tokens: list[ScoredToken] = []
         self._finish_reason: str | None = None
@@ -106,13 +114,16 @@ class _Choice:
         if chunk.token is not None:
             self._tokens.append(chunk.token)
 
-    def to_dict(self, logprobs: bool) -> dict[str, Any]:
-        return {
+    def to_dict(self, request: ChatRequest) -> dict[str, Any]:
+        choice = {
             "index": self._index,
             "message": {"role": "assistant", "content": "".join(self._text), "refusal": None},
-            "logprobs": _logprobs(self._tokens) if logprobs else None,
+            "logprobs": _logprobs(self._tokens) if request.logprobs else None,
             "finish_reason": self._finish_reason,
         }
+        if request.polymath.attribution:
+            choice["polymath"] = _attributions(self._tokens, self._names)
+        return choice
 
 
 def decision_headers(decision: RouteDecision) -> dict[str, str]:
@@ -161,3 +172,24 @@ def _logprob(token: ScoredToken) -> dict[str, Any]:
         "logprob": token.logprob,
         "bytes": list(token.piece),
     }
+
+
+def _attributions(tokens: Sequence[ScoredToken], names: Sequence[str]) -> dict[str, Any]:
+    """For each token the expert that raised its probability most, and the weights of all."""
+    return {
+        "attribution": [
+            {
+                "token": token.piece.decode("utf-8", "replace"),
+                "bytes": list(token.piece),
+                "expert": names[token.attribution.row],
+                "weights": dict(zip(names, token.attribution.weights, strict=True)),
+            }
+            for token in tokens
+            if token.attribution is not None
+        ]
+    }
+
+
+def _fingerprint(answer: Answer) -> str:
+    bases = dict.fromkeys(row.base_model for row in answer.plan.rows)
+    return f"polymath-{'+'.join(bases)}"

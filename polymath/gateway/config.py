@@ -258,9 +258,10 @@ def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     for name in set(bases) & set(experts):
         yield ("experts", name), "a base model has this name already; choose another"
     for name, expert in settings.experts.items():
-        if expert.base_model not in bases:
+        if expert.base_model is not None and expert.base_model not in bases:
             message = f"no base model {expert.base_model!r}{_suggestion(expert.base_model, bases)}"
             yield ("experts", name, "base_model"), message
+        yield from _unfit_parts(settings, name)
         if expert.adapter is not None and not expert.adapter.is_dir():
             yield ("experts", name, "adapter"), _missing_folder(expert.adapter)
     yield from _shared_domains(settings)
@@ -269,6 +270,21 @@ def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
         yield ("router", "fallback"), f"no expert {settings.router.fallback!r}{hint}"
     if not settings.router.path.is_dir():
         yield ("router", "path"), _missing_folder(settings.router.path)
+
+
+def _unfit_parts(settings: Settings, name: str) -> Iterator[tuple[KeyPath, str]]:
+    """Experts that an ensemble or a proxy-tuned expert names and that it cannot combine."""
+    simple = [*settings.base_models]
+    simple += [other for other, expert in settings.experts.items() if not expert.parts()]
+    for part, key in settings.experts[name].parts().items():
+        if part in simple:
+            continue
+        reason = (
+            f"{part!r} combines experts itself; name those"
+            if part in settings.experts
+            else f"no expert {part!r}{_suggestion(part, simple)}"
+        )
+        yield ("experts", name, key), reason
 
 
 def _shared_domains(settings: Settings) -> Iterator[tuple[KeyPath, str]]:

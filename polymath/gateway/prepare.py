@@ -11,7 +11,13 @@ from polymath.errors import (
     ModelSourceError,
     RouterArtifactError,
 )
-from polymath.experts import prepare_base_model, read_adapter, weight_shapes
+from polymath.experts import (
+    prepare_base_model,
+    prepare_graph,
+    read_adapter,
+    runs_on_onnx,
+    weight_shapes,
+)
 from polymath.gateway.config import ConfigFile, KeyPath
 from polymath.gateway.settings import Settings
 from polymath.router import Router, build_router
@@ -52,6 +58,8 @@ def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
         try:
             folders[name] = prepare_base_model(base.model, progress)
             shapes[name] = weight_shapes(folders[name])
+            if runs_on_onnx(config.settings.engine):
+                prepare_graph(folders[name], progress)
         except ModelSourceError as error:
             problems.append(config.problem(("base_models", name, "model"), error.message))
     problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, shapes)]

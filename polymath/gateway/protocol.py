@@ -1,6 +1,7 @@
 """Requests of the OpenAI chat completions API, as far as they are supported.
 
-Field names and limits are those of the OpenAI API reference; `top_k` and `min_p` are vLLM's. A
+Field names and limits are those of the OpenAI API reference; `top_k`, `min_p`, `ignore_eos` and
+`guided_*` are vLLM's. A
 field that is not listed here is refused by name, never ignored. `null` means absent, as in OpenAI,
 and so do the values in `NEUTRAL`, which ask for nothing.
 """
@@ -19,10 +20,18 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-__all__ = ["ChatMessage", "ChatRequest", "RouteRequest", "StreamOptions"]
+from polymath.experts import GrammarKind, GrammarSpec
+
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "LoadAdapterRequest",
+    "RouteRequest",
+    "StreamOptions",
+    "UnloadAdapterRequest",
+]
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
@@ -140,6 +149,40 @@ class StreamOptions(Wire):
     include_usage: bool = False
 
 
+class JsonSchemaFormat(Wire):
+    """`json_schema` of OpenAI's structured outputs; `strict` changes nothing: it always is."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(Wire):
+    """What the answer must be: any text, a JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_when_needed(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _disagreement(
+                "response_format.json_schema", "goes with type json_schema, and only with it"
+            )
+        return self
+
+
+class PolymathOptions(Wire):
+    """What OpenAI has no word for.
+
+    Attributes:
+        attribution: say for each token which expert raised its probability most, and all weights.
+    """
+
+    attribution: bool = False
+
+
 class ChatRequest(Wire):
     """Body of `POST /v1/chat/completions`."""
 
@@ -161,6 +204,15 @@ class ChatRequest(Wire):
     n: int = Field(default=1, ge=1, le=128)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | bool | None = None
+    guided_regex: str | None = Field(default=None, min_length=1)
+    guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        default=None, min_length=1
+    )
+    guided_grammar: str | None = Field(default=None, min_length=1)
+    ignore_eos: bool = False
+    polymath: PolymathOptions = PolymathOptions()
     user: str | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=MAX_METADATA)
 
@@ -173,6 +225,9 @@ class ChatRequest(Wire):
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise _disagreement("max_tokens", "contradicts max_completion_tokens; give one of them")
+        if len(specs := self._grammars()) > 1:
+            first, second, *_ = specs
+            raise _disagreement(second.param, f"contradicts {first.param}; give one of them")
         return self
 
     @property
@@ -180,9 +235,46 @@ class ChatRequest(Wire):
         """The longest answer that the client wants, in tokens."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """What the answer must match, if anything."""
+        return next(iter(self._grammars()), None)
+
+    def _grammars(self) -> list[GrammarSpec]:
+        guided: tuple[tuple[GrammarKind, str], ...] = (
+            ("json_schema", "guided_json"),
+            ("regex", "guided_regex"),
+            ("choice", "guided_choice"),
+            ("grammar", "guided_grammar"),
+        )
+        specs = [
+            GrammarSpec(kind, getattr(self, field), field)
+            for kind, field in guided
+            if getattr(self, field) is not None
+        ]
+        wanted = self.response_format
+        if wanted is not None and wanted.type != "text":
+            schema = wanted.json_schema.json_schema if wanted.json_schema else {"type": "object"}
+            specs.insert(0, GrammarSpec("json_schema", schema, "response_format"))
+        return specs
+
     def conversation(self) -> list[dict[str, str]]:
         """The turns in Hugging Face's chat format."""
         return [message.turn() for message in self.messages]
+
+
+class LoadAdapterRequest(Wire):
+    """Body of `POST /v1/load_lora_adapter`, vLLM's; `base_model` where there are several."""
+
+    lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)
+    lora_path: str = Field(min_length=1)
+    base_model: str | None = None
+
+
+class UnloadAdapterRequest(Wire):
+    """Body of `POST /v1/unload_lora_adapter`, vLLM's."""
+
+    lora_name: str
 
 
 class RouteRequest(Wire):

@@ -12,12 +12,12 @@ from polymath.experts import (
     Engine,
     EngineSettings,
     Expert,
-    Row,
+    Plan,
     SamplingParams,
-    Select,
     build_catalog,
-    expert_row,
+    check_vocabularies,
     load_models,
+    plan_answer,
 )
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest
@@ -35,13 +35,28 @@ class Answer:
 
     decision: RouteDecision
     expert: Expert
-    prompt_tokens: int
+    plan: Plan
     completions: Sequence[Completion]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the first row; the others may have prompts of their own."""
+        return len(self.plan.rows[0].prompt)
 
     def close(self) -> None:
         """Stop generating; to be called when the client has gone or has all it wants."""
         for completion in self.completions:
             completion.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A request that can be submitted."""
+
+    decision: RouteDecision
+    expert: Expert
+    plan: Plan
+    sampling: SamplingParams
 
 
 class ChatService:
@@ -65,24 +80,33 @@ class ChatService:
         Raises:
             ModelNotFound, InvalidRequest, ContextLengthExceeded, Overloaded: as their names say.
         """
-        decision, row = await asyncio.to_thread(self._decide_and_render, request)
-        expert = self._catalog[decision.expert]
-        sampling = self._sampling(request, expert, row)
+        answering = await asyncio.to_thread(self._prepare, request)
         groups = [
-            DecodeGroup((row,), Select(), _with_own_seed(sampling, index))
+            DecodeGroup(
+                answering.plan.rows,
+                answering.plan.combiner,
+                _with_own_seed(answering.sampling, index),
+                request.polymath.attribution,
+            )
             for index in range(request.n)
         ]
-        return Answer(decision, expert, len(row.prompt), self.engine.submit(groups))
+        completions = self.engine.submit(groups)
+        return Answer(answering.decision, answering.expert, answering.plan, completions)
 
-    def _decide_and_render(self, request: ChatRequest) -> tuple[RouteDecision, Row]:
+    def _prepare(self, request: ChatRequest) -> _Prepared:
         messages: list[Message] = [*request.conversation()]
         decision = decide(request.model, messages, self._catalog, self._router)
-        return decision, expert_row(self._catalog[decision.expert], self.engine.models, messages)
+        expert = self._catalog[decision.expert]
+        weights = decision.weights
+        if decision.source == "explicit" and expert.settings.weighs_by_router:
+            weights = self._router.route(messages).weights
+        plan = plan_answer(expert, self._catalog, self.engine.models, messages, weights)
+        return _Prepared(decision, expert, plan, self._sampling(request, expert, plan))
 
-    def _sampling(self, request: ChatRequest, expert: Expert, row: Row) -> SamplingParams:
+    def _sampling(self, request: ChatRequest, expert: Expert, plan: Plan) -> SamplingParams:
         """The request's values, else the expert's, else the defaults of OpenAI."""
-        model = self.engine.models[row.base_model]
-        self._check_request(request, len(model.vocabulary))
+        models = [self.engine.models[row.base_model] for row in plan.rows]
+        self._check_request(request, len(models[0].vocabulary))
         chosen: dict[str, Any] = {
             name: _first(getattr(request, name), getattr(expert.sampling, name))
             for name in (
@@ -94,12 +118,17 @@ class ChatService:
                 "presence_penalty",
             )
         }
+        wanted = request.grammar
+        longest = max(len(row.prompt) for row in plan.rows)
+        context = min(model.context_length for model in models)
         return SamplingParams(
-            max_tokens=self._max_tokens(request, expert, len(row.prompt), model.context_length),
+            max_tokens=self._max_tokens(request, expert, longest, context),
             stop=expert.sampling.stop if request.stop is None else request.stop,
             seed=request.seed,
             logit_bias=request.logit_bias,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            ignore_eos=request.ignore_eos,
+            grammar=None if wanted is None else models[0].grammars.compile(wanted),
             **{name: value for name, value in chosen.items() if value is not None},
         )
 
@@ -126,11 +155,19 @@ class ChatService:
         return min(expert.sampling.max_tokens or self._settings.max_tokens, context - prompt)
 
 
-def open_service(prepared: Prepared) -> ChatService:
-    """Load the models of a config and start the engine; takes seconds."""
+def open_service(prepared: Prepared, catalog: dict[str, Expert] | None = None) -> ChatService:
+    """Load the models of a config and start the engine; takes seconds.
+
+    Args:
+        catalog: the config's experts, if they are at hand; adapters loaded later are added to it.
+    Raises:
+        ConfigError: experts that are combined have different vocabularies.
+    """
     settings = prepared.settings
+    if catalog is None:
+        catalog = build_catalog(settings.base_models, settings.experts)
     models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
-    catalog = build_catalog(settings.base_models, settings.experts)
+    check_vocabularies(catalog, models)
     engine = Engine(models, settings.engine)
     return ChatService(catalog, prepared.router, engine, settings.engine)
 

@@ -31,6 +31,11 @@ class ServerSettings(BaseModel):
     max_body_bytes: int = Field(
         default=4 * 1024 * 1024, ge=1024, description="Larger request bodies are refused with 413."
     )
+    allow_runtime_lora_updating: bool = Field(
+        default=False,
+        description="Serve `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM does. "
+        "Whoever reaches the server can then have it read adapter folders.",
+    )
     shutdown_grace: float = Field(
         default=30.0, ge=0, description="Seconds that running answers get after SIGTERM."
     )
@@ -62,7 +67,7 @@ class Settings(BaseModel):
             name: expert.model_copy(update={"adapter": expert.adapter and root / expert.adapter})
             for name, expert in self.experts.items()
         }
-        hub_ids = {e.base_model for e in experts.values() if "/" in e.base_model}
+        hub_ids = {e.base_model for e in experts.values() if e.base_model and "/" in e.base_model}
         bases = {name: BaseModelSettings(model=name) for name in sorted(hub_ids)} | {
             name: base.model_copy(update={"model": _located_source(base.model, root)})
             for name, base in self.base_models.items()

@@ -1,0 +1,108 @@
+"""How an expert answers: which rows, and how they are combined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from polymath.errors import ConfigError, ModelNotFound
+from polymath.experts.catalog import Expert, expert_row
+from polymath.experts.chat import Message
+from polymath.experts.combiner import (
+    Combiner,
+    Mixture,
+    Posterior,
+    ProxyTuning,
+    Select,
+    WeightedLogits,
+)
+from polymath.experts.group import Row
+from polymath.experts.lora_model import LoraModel
+from polymath.experts.settings import ExpertSettings
+
+__all__ = ["Plan", "check_vocabularies", "plan_answer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The rows of an answer and their combiner.
+
+    Attributes:
+        names: the expert behind each row.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+    combiner: Combiner
+
+
+def plan_answer(
+    expert: Expert,
+    catalog: Mapping[str, Expert],
+    models: Mapping[str, LoraModel],
+    messages: Sequence[Message],
+    route_weights: Mapping[str, float],
+) -> Plan:
+    """The plan by which an expert answers a conversation.
+
+    Args:
+        route_weights: the router's, for ensembles whose members have none of their own.
+    Raises:
+        InvalidRequest: a chat template refuses the conversation.
+        ModelNotFound: an expert that this one combines is gone.
+    """
+    settings = expert.settings
+    if settings.kind == "ensemble":
+        shares = _shares(settings, route_weights)
+        names, combiner = tuple(shares), _ensemble(settings, tuple(shares.values()))
+    elif settings.kind == "proxy_tuned":
+        names = tuple(str(name) for name in (settings.large, settings.tuned, settings.untuned))
+        combiner = ProxyTuning(settings.alpha)
+    else:
+        names, combiner = (expert.name,), Select()
+    if gone := [name for name in names if name not in catalog]:
+        raise ModelNotFound(f"The expert {gone[0]!r} is not loaded any more.", param="model")
+    rows = tuple(expert_row(catalog[name], models, messages) for name in names)
+    return Plan(names, rows, combiner)
+
+
+def check_vocabularies(catalog: Mapping[str, Expert], models: Mapping[str, LoraModel]) -> None:
+    """Experts can only be combined token by token if they mean the same by a token.
+
+    Raises:
+        ConfigError: one line for each pair of base models that do not.
+    """
+    problems = []
+    for expert in catalog.values():
+        bases = dict.fromkeys(
+            catalog[name].settings.base_model or "" for name in expert.settings.parts()
+        )
+        first, *others = bases or [""]
+        for other in others:
+            if models[first].vocabulary != models[other].vocabulary:
+                problems.append(
+                    f"experts.{expert.name}: the base models {first} and {other} have different "
+                    "vocabularies; only experts that share one can be combined"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _shares(settings: ExpertSettings, route_weights: Mapping[str, float]) -> dict[str, float]:
+    """The weight of each member; alike where the router gives none of them any."""
+    members = settings.members or ()
+    shares = (
+        dict(members)
+        if isinstance(members, Mapping)
+        else {name: route_weights.get(name, 0.0) for name in members}
+    )
+    total = sum(shares.values())
+    return {name: share / total if total else 1 / len(shares) for name, share in shares.items()}
+
+
+def _ensemble(settings: ExpertSettings, shares: tuple[float, ...]) -> Combiner:
+    if settings.combine == "logits":
+        return WeightedLogits(shares)
+    if settings.combine == "posterior":
+        return Posterior(shares, settings.top_k, settings.floor)
+    return Mixture(shares)
