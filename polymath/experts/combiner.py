@@ -209,7 +209,7 @@ def _expected_likelihood(state: CombinerState) -> Tensor:
     full = missed == 0
     others = own_mean[full].mean() if bool(full.any()) else own_mean.mean()
     mean = own_mean.where(state.scored > 0, others)
-    return state.log_likelihood + missed * mean
+    return state.log_likelihood + (missed * mean).where(missed > 0, 0.0)  # not 0 times -inf
 
 
 def _mixed(logits: Tensor, weights: Sequence[float]) -> Tensor:

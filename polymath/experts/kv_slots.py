@@ -133,7 +133,7 @@ class KvSlots:
             return
         self._slots = _doubled(max(self._slots, 1), slots)
         longest = _doubled(max(self._capacity, FIRST_CAPACITY), tokens)
-        self._capacity = max(tokens, min(longest, self._max_tokens))
+        self._capacity = max(tokens, self._capacity, min(longest, self._max_tokens))
         self.keys = [self._larger(index, self.keys) for index in range(self._shape.layers)]
         self.values = [self._larger(index, self.values) for index in range(self._shape.layers)]
         self.version += 1

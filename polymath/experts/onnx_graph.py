@@ -6,9 +6,10 @@ adapters in use come in as inputs, joined side by side, so that the base weights
 for rows of different adapters: `y = W x + B (mask * (A x))`, where the mask of a row keeps the
 columns of its own adapter (S-LoRA, Sheng et al. 2023, by masking in place of gathering).
 
-A row gets the same bits in any company. The low-rank products are transposed for that: so the order
-in which ONNX Runtime sums does not depend on how many rows and adapters there are, as the order of
-its plain products does; a last bit that differs would be amplified where activations are rounded.
+A row gets the same bits in any company, and a prompt in any chunks of two tokens or more; a last
+bit that differs would be amplified where activations are rounded. For that the low-rank products
+are transposed, and tokens come in packs [packs, tokens, width] of at most PACK: so the order in
+which ONNX Runtime sums depends neither on how many adapters nor on how many tokens there are.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["BLOCK", "graph_sites", "quantise", "supports", "write_graph"]
+__all__ = ["BLOCK", "PACK", "graph_sites", "quantise", "supports", "write_graph"]
 
 BLOCK = 64
 """Weights that share a scale and a zero point."""
 
 INT8_ACTIVATIONS = 4
 """`accuracy_level` of MatMulNBits that multiplies int8 by int8."""
+
+PACK = 16
+"""Tokens of a pack: the widest product whose sums ONNX Runtime (MLAS) does not split otherwise."""
 
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
@@ -162,14 +166,15 @@ class _Graph:
         import numpy as np
 
         config = self._config
-        self._input("embeddings", np.float32, ["tokens", config.hidden_size])
-        self._input("shape", np.int64, [3])
+        self._input("embeddings", np.float32, ["packs", "tokens", config.hidden_size])
+        self._input("row_shape", np.int64, [3])
+        self._input("pack_shape", np.int64, [3])
         self._input("last_positions", np.int32, ["rows"])
         self._input("longest", np.int32, [1])
         self._input("wanted", np.int64, ["logits"])
         for name, table in zip(("cosines", "sines"), self._rotary, strict=True):
             self._constant(name, table)
-        self._constant("flat", np.array([-1, _attention_width(config)], dtype=np.int64))
+        self._constant("flat", np.array([-1, config.hidden_size], dtype=np.int64))
         sites = graph_sites(config)
         for group in dict.fromkeys(site.group for site in sites):
             self._input(f"mask.{group}", np.float32, [f"rank.{group}", "tokens"])
@@ -178,7 +183,8 @@ class _Graph:
             of_layer = [site for site in sites if site.name.startswith(f"model.layers.{layer}.")]
             stream, change = self._layer(layer, of_layer, stream, change)
         _, normed = self._norm("model.norm", stream, change)
-        kept = self._node("Gather", [normed, "wanted"], "kept", axis=0)
+        flat = self._node("Reshape", [normed, "flat"], "normed")
+        kept = self._node("Gather", [flat, "wanted"], "kept", axis=0)
         tied = "lm_head.weight" not in self._weights
         head = self._weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
         self._output(self._product("logits", kept, head), np.float32, ["logits", config.vocab_size])
@@ -223,9 +229,10 @@ class _Graph:
             self._input(f"{name}.A", np.float32, [rank, site.inputs])
             self._input(f"{name}.B", np.float32, [rank, sum(site.outputs)])
             whole = self._product(f"{name}.base", inputs, weight)
-            low = self._node("Gemm", [f"{name}.A", inputs], f"{name}.low", transB=1)
+            low = self._matmul(f"{name}.low", f"{name}.A", inputs, transB=1)
             masked = self._node("Mul", [low, f"mask.{site.group}"], f"{name}.masked")
-            return self._node("Gemm", [masked, f"{name}.B", whole], name, transA=1)
+            update = self._matmul(f"{name}.update", masked, f"{name}.B", transA=1)
+            return self._node("Add", [whole, update], name)
 
         return apply
 
@@ -242,7 +249,7 @@ class _Graph:
         for name in present:
             self._output(name, np.float32, cache)
         name = f"model.layers.{layer}.attention"
-        rows = self._node("Reshape", [qkv, "shape"], f"{name}.qkv")
+        rows = self._node("Reshape", [qkv, "row_shape"], f"{name}.qkv")
         self._node(
             "GroupQueryAttention",
             [rows, "", "", *past, "last_positions", "longest", "cosines", "sines"],
@@ -252,12 +259,12 @@ class _Graph:
             kv_num_heads=config.num_key_value_heads,
             do_rotary=1,
         )
-        return self._node("Reshape", [f"{name}.rows", "flat"], name)
+        return self._node("Reshape", [f"{name}.rows", "pack_shape"], name)
 
     def _gated(self, layer: str, gate_up: str) -> str:
         """silu(gate) * up."""
         gate, up = f"{layer}.gate", f"{layer}.up"
-        self._node("Split", [gate_up], [gate, up], axis=1, num_outputs=2)
+        self._node("Split", [gate_up], [gate, up], axis=-1, num_outputs=2)
         swish = self._node("QuickGelu", [gate], f"{layer}.swish", domain="com.microsoft", alpha=1.0)
         return self._node("Mul", [swish, up], f"{layer}.gated")
 
@@ -278,6 +285,9 @@ class _Graph:
             block_size=BLOCK,
             accuracy_level=INT8_ACTIVATIONS,
         )
+
+    def _matmul(self, name: str, left: str, right: str, **transposed: int) -> str:
+        return self._node("FusedMatMul", [left, right], name, domain="com.microsoft", **transposed)
 
     def _node(
         self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from polymath.errors import ModelSourceError
 from polymath.experts.kv_slots import CacheShape, KvSlots
 from polymath.experts.lora_weights import JoinedLora, LoraWeights, join
 from polymath.experts.network import Batch
-from polymath.experts.onnx_graph import graph_sites, supports, write_graph
+from polymath.experts.onnx_graph import PACK, graph_sites, supports, write_graph
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +38,9 @@ GRAPH_VERSION = "int8-1"
 
 KEPT_JOINS = 8
 """Sets of adapters whose joined factors are kept for the next batch of the same adapters."""
+
+LEAST_WIDTH = 2
+"""Low-rank columns; ONNX Runtime sums a single one in another order than several."""
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -143,14 +148,25 @@ class OnnxNetwork:
         )
         self._config = config
         self._embeddings = _Weights(folder).tensor("model.embed_tokens.weight")
+        self._width = self.sites[1].inputs
         self._session = _session(graph, threads)
         self._groups = tuple(dict.fromkeys(site.group for site in self.sites))
-        self._nothing = LoraWeights("", dict.fromkeys(self._groups, 1), {}, {})
+        self._nothing = LoraWeights("", dict.fromkeys(self._groups, LEAST_WIDTH), {}, {})
         self._joined: OrderedDict[frozenset[LoraWeights], JoinedLora] = OrderedDict()
         self._bindings: dict[tuple[int, int], _Binding] = {}
         self._bound_version = 0
 
     def forward(self, batch: Batch, slots: KvSlots) -> Tensor:
+        import torch
+
+        *before, last = _pieces(batch)
+        several_rows = len(batch.tokens) > 1
+        logits = [self._run(piece, slots, several_rows or batch.every) for piece in before]
+        logits.append(self._run(last, slots, wanted=True))
+        return torch.cat(logits, dim=0 if several_rows else 1)
+
+    def _run(self, batch: Batch, slots: KvSlots, wanted: bool) -> Tensor:
+        """Logits [rows, positions, vocab]; no positions unless they are wanted."""
         import numpy as np
         import torch
 
@@ -158,23 +174,34 @@ class OnnxNetwork:
         joined = self._joined_for(batch.adapters)
         binding = self._binding(batch.first_slot, rows, slots)
         binding.use(joined)
-        ids = torch.tensor(batch.tokens).flatten()
-        embedded = torch.nn.functional.embedding(ids, self._embeddings).float().numpy()
+        packs = max(rows * count // PACK, 1)
+        tokens = rows * count // packs
         past = np.array(batch.past, dtype=np.int32)
-        ends = np.arange(rows * count) if batch.every else np.arange(rows) * count + count - 1
-        inputs = {
-            "embeddings": embedded,
-            "shape": np.array([rows, count, sum(self.sites[0].outputs)], dtype=np.int64),
+        ends = np.arange(rows * count, dtype=np.int64).reshape(rows, count)
+        ends = ends[:, (0 if batch.every else count - 1) if wanted else count :]
+        inputs: dict[str, NDArray[Any]] = {
+            "embeddings": self._embedded(batch.tokens).reshape(packs, tokens, -1),
+            "row_shape": np.array([rows, count, sum(self.sites[0].outputs)], dtype=np.int64),
+            "pack_shape": np.array([packs, tokens, self._width], dtype=np.int64),
             "last_positions": past + (count - 1),
             "longest": np.array([past.max() + count], dtype=np.int32),
-            "wanted": ends.astype(np.int64),
+            "wanted": ends.reshape(-1),
         }
         for group in self._groups:
             mask = joined.mask(group, batch.adapters).T
-            inputs[f"mask.{group}"] = mask.repeat_interleave(count, dim=1).numpy()
-        logits = np.empty((len(ends), self._config.vocab_size), dtype=np.float32)
+            of_tokens = mask if count == 1 else mask.expand(-1, tokens)
+            inputs[f"mask.{group}"] = of_tokens.contiguous().numpy()
+        logits = np.empty((ends.size, self._config.vocab_size), dtype=np.float32)
         binding.run(inputs, logits)
-        return torch.from_numpy(logits).view(rows, -1, logits.shape[1])
+        return torch.from_numpy(logits).view(*ends.shape, logits.shape[1])
+
+    def _embedded(self, tokens: Sequence[Sequence[int]]) -> Floats:
+        """[tokens, hidden_size]"""
+        import torch
+
+        ids = torch.tensor(tokens).flatten()
+        embedded: Floats = torch.nn.functional.embedding(ids, self._embeddings).float().numpy()
+        return embedded
 
     def _joined_for(self, adapters: Sequence[LoraWeights | None]) -> JoinedLora:
         """The adapters of a batch side by side; the last few joins are kept."""
@@ -191,7 +218,7 @@ class OnnxNetwork:
         import torch
 
         joined = join(members or (self._nothing,), self.sites)
-        widths = {group: max(joined.widths.get(group, 0), 1) for group in self._groups}
+        widths = {group: max(joined.widths.get(group, 0), LEAST_WIDTH) for group in self._groups}
         down, up = dict(joined.down), dict(joined.up)
         for site in self.sites:
             if site.name not in down:
@@ -207,6 +234,40 @@ class OnnxNetwork:
         if key not in self._bindings:
             self._bindings[key] = _Binding(self._session, slots, first, rows)
         return self._bindings[key]
+
+
+def _pieces(batch: Batch) -> list[Batch]:
+    """The batch in parts of whole packs, or of less than one, and never of a single token of a
+    prompt: several rows by rows, a single row by tokens."""
+    rows, count = len(batch.tokens), len(batch.tokens[0])
+    starts = [0]
+    for size in _sizes(max(rows, count), whole_packs=count > 1):
+        starts.append(starts[-1] + size)
+    if count == 1:
+        return [
+            replace(
+                batch,
+                tokens=batch.tokens[start:end],
+                past=batch.past[start:end],
+                first_slot=batch.first_slot + start,
+                adapters=batch.adapters[start:end],
+            )
+            for start, end in pairwise(starts)
+        ]
+    return [
+        replace(batch, tokens=[batch.tokens[0][start:end]], past=[batch.past[0] + start])
+        for start, end in pairwise(starts)
+    ]
+
+
+def _sizes(total: int, whole_packs: bool) -> list[int]:
+    """Sizes that add up to `total`: packs, together if they may be, and what is left."""
+    packs, left = divmod(total, PACK)
+    if whole_packs and left == 1 and packs:  # 17 tokens are 14 and 3, not 16 and 1
+        sizes = [(packs - 1) * PACK, PACK - 2, 3]
+    else:
+        sizes = [packs * PACK, left] if whole_packs else [*[PACK] * packs, left]
+    return [size for size in sizes if size]
 
 
 class _Binding:

@@ -1,5 +1,6 @@
 """The config sections `base_models`, `experts` and `engine`."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -79,7 +80,15 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "ensemble": ("members",),
     "proxy_tuned": ("large", "tuned", "untuned"),
 }
-"""Keys that an expert of a kind must have; it may not have those that only other kinds need."""
+"""Keys that an expert of a kind must have."""
+
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "ensemble": ("combine", "top_k", "floor"),
+    "proxy_tuned": ("alpha",),
+}
+"""Keys that an expert of a kind may have, and that other kinds have no use for."""
+
+POSTERIOR_ONLY = ("top_k", "floor")
 
 OWN_PROMPT = ("system_prompt", "few_shot")
 
@@ -159,6 +168,9 @@ class ExpertSettings(Section):
         steered = {"large": self.large, "tuned": self.tuned, "untuned": self.untuned}
         return named | {name: key for key, name in steered.items() if name is not None}
 
+    def _given(self, key: str) -> bool:
+        return bool(getattr(self, key) != type(self).model_fields[key].default)
+
     @property
     def weighs_by_router(self) -> bool:
         """Whether the router gives the members of the ensemble their weights."""
@@ -171,9 +183,11 @@ class ExpertSettings(Section):
             if getattr(self, key) is None:
                 hint = "; or say `kind: base`" if key == "adapter" else ""
                 raise ValueError(f"an expert of kind {self.kind} needs `{key}`{hint}")
-        for key in sorted({key for keys in NEEDS.values() for key in keys} - set(needed)):
-            if getattr(self, key) is not None:
-                raise ValueError(f"an expert of kind {self.kind} has no `{key}`")
+        for key, kinds in _kinds_by_key().items():
+            if self.kind not in kinds and self._given(key):
+                raise ValueError(
+                    f"an expert of kind {self.kind} has no `{key}`; it belongs to {kinds[0]}"
+                )
         combined = "base_model" not in needed
         for key in OWN_PROMPT:
             if combined and getattr(self, key):
@@ -183,9 +197,21 @@ class ExpertSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _options_fit_combine(self) -> "ExpertSettings":
+        for key in POSTERIOR_ONLY:
+            if self.combine != "posterior" and self._given(key):
+                raise ValueError(f"`{key}` goes with `combine: posterior`, and only with it")
+        return self
+
+    @model_validator(mode="after")
     def _members_have_weight(self) -> "ExpertSettings":
-        if isinstance(self.members, dict) and not any(self.members.values()):
-            raise ValueError("the weights of `members` are all zero")
+        if isinstance(self.members, dict):
+            total = sum(self.members.values())
+            if not 0 < total < math.inf:
+                raise ValueError(
+                    f"the weights of `members` add up to {total:g}; give at least one of them a "
+                    "positive weight, and none a huge one"
+                )
         return self
 
     @model_validator(mode="after")
@@ -194,6 +220,15 @@ class ExpertSettings(Section):
         if [turn.role for turn in self.few_shot] != wanted:
             raise ValueError("few_shot must alternate user and assistant and end with assistant")
         return self
+
+
+def _kinds_by_key() -> dict[str, list[str]]:
+    """The kinds that have each key that not all of them have."""
+    kinds: dict[str, list[str]] = {}
+    for kind, needed in NEEDS.items():
+        for key in (*needed, *OPTIONS.get(kind, ())):
+            kinds.setdefault(key, []).append(kind)
+    return kinds
 
 
 class EngineSettings(Section):

@@ -37,6 +37,11 @@ class AdapterUpdates:
             self._models[base_model].adapters.add(name, folder)
         except AdapterError as error:
             raise InvalidRequest(error.message, param="lora_path") from error
+        except OSError as error:
+            reason = f"lora_path cannot be read ({error.strerror})"
+            raise InvalidRequest(reason, param="lora_path") from error
+        if name in self._added:
+            self._leave_base(name, base_model)
         settings = ExpertSettings(base_model=base_model, adapter=folder)
         self._catalog[name] = Expert(name, settings, ())
         self._added.add(name)
@@ -57,6 +62,12 @@ class AdapterUpdates:
         base_model = self._catalog.pop(name).settings.base_model
         self._added.remove(name)
         self._models[str(base_model)].adapters.remove(name)
+
+    def _leave_base(self, name: str, new: str) -> None:
+        """Take an adapter that is loaded again from the base model that it stood on before."""
+        old = str(self._catalog[name].settings.base_model)
+        if old != new:
+            self._models[old].adapters.remove(name)
 
     def _base_model(self, wanted: str | None) -> str:
         if wanted is None and len(self._models) == 1:

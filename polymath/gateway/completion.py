@@ -182,12 +182,20 @@ def _attributions(tokens: Sequence[ScoredToken], names: Sequence[str]) -> dict[s
                 "token": token.piece.decode("utf-8", "replace"),
                 "bytes": list(token.piece),
                 "expert": names[token.attribution.row],
-                "weights": dict(zip(names, token.attribution.weights, strict=True)),
+                "weights": _by_expert(names, token.attribution.weights),
             }
             for token in tokens
             if token.attribution is not None
         ]
     }
+
+
+def _by_expert(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    """The coefficient of each expert; one that stands behind several rows has the sum of theirs."""
+    totals = dict.fromkeys(names, 0.0)
+    for name, weight in zip(names, weights, strict=True):
+        totals[name] += weight
+    return totals
 
 
 def _fingerprint(answer: Answer) -> str:

@@ -24,6 +24,9 @@ __all__ = ["ConfigFile", "KeyPath", "load_config", "read_config"]
 KeyPath = tuple[str | int, ...]
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
+FORM = re.compile(r"^(dict|tuple)\[")
+"""How pydantic marks in a location which form of `members` it tried."""
+
 VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 
 
@@ -70,9 +73,12 @@ def read_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFi
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(
-            [_problem(path, reader.lines, *_explain(detail)) for detail in error.errors()]
-        ) from None
+        found = [
+            _problem(path, reader.lines, *_explain(detail))
+            for detail in error.errors()
+            if not (_has_no_form(detail) and isinstance(detail["input"], dict | list))
+        ]
+        raise ConfigError(list(dict.fromkeys(found))) from None
     return ConfigFile(path, settings.located(path.parent), reader.lines)
 
 
@@ -194,10 +200,19 @@ class _Reader:
         self.problems.append(_problem(self._path, lines, key, message))
 
 
+def _has_no_form(detail: ErrorDetails) -> bool:
+    """Whether a value is not of the form that pydantic tried last."""
+    return any(FORM.match(str(part)) for part in detail["loc"][-1:])
+
+
 def _explain(detail: ErrorDetails) -> tuple[KeyPath, str]:
     """Key path and message of one pydantic error, with the nearest valid name or value."""
-    key: KeyPath = tuple(part for part in detail["loc"] if part != "[key]")
+    key: KeyPath = tuple(
+        part for part in detail["loc"] if part != "[key]" and not FORM.match(str(part))
+    )
     kind, given = detail["type"], detail["input"]
+    if _has_no_form(detail):
+        return key, f"must be a mapping or a list, found {_shown(given)}"
     if kind == "extra_forbidden":
         names = sorted(_fields_at(key[:-1]))
         return key, f"unknown key{_suggestion(str(key[-1]), names)}"

@@ -154,7 +154,7 @@ class JsonSchemaFormat(Wire):
 
     name: str = Field(min_length=1, max_length=64)
     description: str | None = None
-    json_schema: dict[str, Any] | bool = Field(alias="schema")
+    json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool = True
 
 
@@ -205,7 +205,7 @@ class ChatRequest(Wire):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    guided_json: dict[str, Any] | bool | None = None
+    guided_json: dict[str, Any] | None = None
     guided_regex: str | None = Field(default=None, min_length=1)
     guided_choice: list[Annotated[str, Field(min_length=1)]] | None = Field(
         default=None, min_length=1

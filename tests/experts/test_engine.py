@@ -24,19 +24,9 @@ from polymath.experts import (
     Select,
     render_chat,
 )
-from tests.conftest import EXPERTS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-QUESTIONS = {
-    "math": "Tom has 3 apples and buys 5 more. How many apples has he now?",
-    "coding": "Write a Python function that reverses a string.",
-    "health": "What are the symptoms of asthma ?",
-    "law": "Does the clause say which law governs the contract?",
-    "finance": "Name the banking intent of this customer message: my card has not arrived",
-    "general": "Give three tips for a good night's sleep.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,43 +83,11 @@ async def settled(engine: Engine) -> bool:
     return engine.active == 0
 
 
-@pytest.mark.parametrize("expert", EXPERTS)
-async def test_greedy_output_is_that_of_transformers_with_peft(engine: Engine, expert: str) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    from tests.conftest import ROOT
-
-    one = row(engine, expert, QUESTIONS[expert])
-    (mine,) = await run(engine, group(one))
-    folder = engine.models["smollm2"].tokenizer.name_or_path
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    peft = PeftModel.from_pretrained(base, str(ROOT / "configs/demo/adapters" / expert)).eval()
-    prompt = torch.tensor([one.prompt])
-    with torch.inference_mode():
-        theirs = peft.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=12,
-        )[0, prompt.shape[1] :].tolist()
-    eos = engine.models["smollm2"].eos_ids
-    assert tokens(mine) == [token for token in theirs if token not in eos]
-
-
 async def test_the_bare_base_model_is_untouched_by_the_adapters(engine: Engine) -> None:
     alone = await run(engine, group(row(engine, None)))
     mixed = await run(engine, group(row(engine, "law")), group(row(engine, None)))
     assert tokens(mixed[1]) == tokens(alone[0])
     assert tokens(mixed[0]) != tokens(mixed[1])
-
-
-async def test_a_group_in_company_gives_what_it_gives_alone(engine: Engine) -> None:
-    groups = [group(row(engine, expert), seed=7, temperature=0.9) for expert in ("math", "health")]
-    alone = [(await run(engine, one))[0] for one in groups]
-    together = await run(engine, *groups)
-    assert [tokens(chunks) for chunks in together] == [tokens(chunks) for chunks in alone]
 
 
 async def test_selecting_one_of_two_rows_is_that_row_alone(engine: Engine) -> None:
