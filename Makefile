@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+LLAMA ?= .venv-llama
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINNED := -c constraints.txt
@@ -56,9 +57,9 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router ## all benchmarks
+bench: bench-experts bench-router bench-quality bench-scaling bench-speed ## all benchmarks
 
-.PHONY: bench-experts bench-router
+.PHONY: bench-experts bench-router bench-quality bench-scaling bench-speed
 DATA ?= ../shared/data
 
 bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder LIMIT=rows)
@@ -67,8 +68,23 @@ bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every doma
 bench-router: $(VENV)/dev.installed ## accuracy, calibration and latency of the router (DATA=folder)
 	$(BIN)/polymath eval router --data $(DATA)/prompts/dev.jsonl
 
+bench-quality: $(VENV)/dev.installed ## perplexity of the int8 path against float32 (DATA=folder LIMIT=rows)
+	$(BIN)/python -m bench.quality --data $(DATA)/experts $(if $(LIMIT),--limit $(LIMIT))
+
+bench-scaling: $(VENV)/dev.installed ## tokens/s for 1 to 16 rows and 1 to 64 loaded adapters
+	$(BIN)/python -m bench.scaling
+
+bench-speed: $(VENV)/dev.installed $(LLAMA)/llama.installed ## speed against PEFT and llama.cpp (builds llama.cpp once)
+	$(BIN)/python -m bench.speed --llama $(LLAMA)/bin/python
+
+$(LLAMA)/llama.installed:
+	$(PYTHON) -m venv $(LLAMA)
+	@echo "building llama.cpp for the benchmark (6 to 20 minutes) ..."
+	$(LLAMA)/bin/python -m pip install --disable-pip-version-check --quiet 'llama-cpp-python[server]==0.3.36'
+	touch $@
+
 demo-artifacts: $(VENV)/dev.installed ## train the demo experts and router again (DATA=folder, an hour)
 	PATH="$(abspath $(BIN)):$$PATH" configs/demo/train.sh $(DATA)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LLAMA) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
