@@ -6,20 +6,34 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from hypothesis import settings
 
-from polymath.experts import Engine
+from polymath.experts import Engine, ExpertSettings
 from polymath.gateway import Prepared, load_config, prepare
 from polymath.gateway.app import Gateway, create_app
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CONFIG = ROOT / "configs" / "polymath.yaml"
 EXPERTS = ("math", "coding", "health", "law", "finance", "general")
+COMBINED: dict[str, dict[str, Any]] = {
+    "both": {"members": {"math": 0.3, "general": 0.7}},
+    "logits": {"members": {"math": 0.5, "general": 0.5}, "combine": "logits"},
+    "posterior": {"members": {"math": 1, "general": 1}, "combine": "posterior"},
+    "first": {"members": {"math": 1, "general": 0}},
+    "routed": {"members": ["math", "coding", "general"]},
+    "steered": {"large": "general", "tuned": "math", "untuned": "smollm2", "alpha": 0.5},
+    "twin": {"large": "smollm2", "tuned": "math", "untuned": "smollm2"},
+    "unsteered": {"large": "general", "tuned": "math", "untuned": "smollm2", "alpha": 0},
+}
+"""Experts of the session that combine others, beside those of the shipped config."""
+
 START_SECONDS = 120
 
 settings.register_profile("polymath", deadline=None)
@@ -32,9 +46,28 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def demo() -> Prepared:
+def shipped() -> Prepared:
     """The shipped config with its artifacts checked and its router open."""
     return prepare(load_config(DEMO_CONFIG, environ={}))
+
+
+@pytest.fixture(scope="session")
+def demo(shipped: Prepared) -> Prepared:
+    """The shipped config with experts that combine others, and adapters that come and go."""
+    settings = shipped.settings
+    combined = {
+        name: ExpertSettings.model_validate(
+            {"kind": "ensemble" if "members" in values else "proxy_tuned", **values}
+        )
+        for name, values in COMBINED.items()
+    }
+    more = settings.model_copy(
+        update={
+            "experts": {**settings.experts, **combined},
+            "server": settings.server.model_copy(update={"allow_runtime_lora_updating": True}),
+        }
+    )
+    return replace(shipped, config=replace(shipped.config, settings=more))
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +101,21 @@ def engine(gateway: Gateway, base_url: str) -> Engine:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer random Llama with a byte-level tokenizer and a chat template, as a HF folder."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def foreign_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model like `tiny_model` whose token ids mean other bytes."""
+    return write_tiny_model(tmp_path_factory.mktemp("foreign"), backwards=True)
+
+
+def write_tiny_model(folder: Path, backwards: bool = False) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=backwards)
     vocabulary = {token: index for index, token in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

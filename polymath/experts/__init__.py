@@ -32,7 +32,7 @@ from polymath.experts.group import (
 from polymath.experts.lora_model import LoraModel, runs_on_onnx
 from polymath.experts.model_files import prepare_base_model, weight_shapes
 from polymath.experts.onnx_network import prepare_graph
-from polymath.experts.plan import Plan, check_vocabularies, plan_answer
+from polymath.experts.plan import Plan, plan_answer, vocabulary_conflicts
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
@@ -43,7 +43,7 @@ from polymath.experts.settings import (
     Price,
     SamplingDefaults,
 )
-from polymath.experts.vocabulary import Vocabulary
+from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
     "AdapterFile",
@@ -82,7 +82,6 @@ __all__ = [
     "WeightedLogits",
     "adapters_on",
     "build_catalog",
-    "check_vocabularies",
     "expert_row",
     "frame_conversation",
     "load_models",
@@ -92,7 +91,9 @@ __all__ = [
     "prepare_graph",
     "quiet_loading",
     "read_adapter",
+    "read_vocabulary",
     "render_chat",
     "runs_on_onnx",
+    "vocabulary_conflicts",
     "weight_shapes",
 ]

@@ -74,7 +74,7 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error()[:MAX_MESSAGE]
+            reason = self._matcher.get_error().partition("\n")[0][:MAX_MESSAGE]
             raise InvalidRequest(f"The grammar cannot be followed: {reason}", param=self._param)
 
 
@@ -113,7 +113,7 @@ class GrammarCompiler:
 
         try:
             text = _grammar_text(spec)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _refusal(spec, str(error)) from error
         matcher = LLMatcher(self._opened(), text, log_level=0)
         if matcher.is_error():
@@ -121,12 +121,30 @@ class GrammarCompiler:
         return Grammar(matcher, spec.param)
 
     def _opened(self) -> LLTokenizer:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
 
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = from_tokenizer(self._hf_tokenizer, eos_token=self._eos_ids)
+                described = _without_control_text(self._hf_tokenizer)
+                self._tokenizer = LLTokenizer(described, eos_token=self._eos_ids)
             return self._tokenizer
+
+
+def _without_control_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer as JSON, its control tokens under names that no text spells.
+
+    Else llguidance, where a grammar forces the text `<|im_end|>`, allows the control token.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described |= {"padding": None, "truncation": None, "post_processor": None}
+    vocabulary = described["model"].get("vocab")
+    for token in described["added_tokens"]:
+        if token["special"]:
+            renamed = f"\ue0f2{token['id']}\ue0f3"
+            if isinstance(vocabulary, dict) and token["content"] in vocabulary:
+                vocabulary[renamed] = vocabulary.pop(token["content"])
+            token["content"] = renamed
+    return json.dumps(described)
 
 
 def _grammar_text(spec: GrammarSpec) -> str:
@@ -138,6 +156,9 @@ def _grammar_text(spec: GrammarSpec) -> str:
             schema, overrides={"whitespace_flexible": True, "whitespace_pattern": WHITE_SPACE}
         )
     if spec.kind == "regex":
+        trailing = len(spec.content) - len(spec.content.rstrip("\\"))
+        if trailing % 2:  # llguidance would drop it
+            raise ValueError("the regular expression ends with a lone backslash")
         return LLMatcher.grammar_from_regex(spec.content)
     if spec.kind == "choice":
         choices = " | ".join(json.dumps(choice) for choice in spec.content)
@@ -147,11 +168,11 @@ def _grammar_text(spec: GrammarSpec) -> str:
 
 def _lark(grammar: str) -> str:
     """The grammar in llguidance's Lark, translated if it is llama.cpp's GBNF."""
-    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
 
     try:
         return str(any_to_lark(grammar))
-    except GbnfToLarkError as error:
+    except Exception as error:  # it raises bare Exceptions for rules that are missing
         raise ValueError(str(error)) from error
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from polymath.errors import ConfigError, ModelNotFound
+from polymath.errors import ModelNotFound
 from polymath.experts.catalog import Expert, expert_row
 from polymath.experts.chat import Message
 from polymath.experts.combiner import (
@@ -19,8 +19,9 @@ from polymath.experts.combiner import (
 from polymath.experts.group import Row
 from polymath.experts.lora_model import LoraModel
 from polymath.experts.settings import ExpertSettings
+from polymath.experts.vocabulary import Vocabulary
 
-__all__ = ["Plan", "check_vocabularies", "plan_answer"]
+__all__ = ["Plan", "plan_answer", "vocabulary_conflicts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +67,26 @@ def plan_answer(
     return Plan(names, rows, combiner)
 
 
-def check_vocabularies(catalog: Mapping[str, Expert], models: Mapping[str, LoraModel]) -> None:
-    """Experts can only be combined token by token if they mean the same by a token.
+def vocabulary_conflicts(
+    catalog: Mapping[str, Expert], vocabulary_of: Callable[[str], Vocabulary]
+) -> Iterator[tuple[str, str]]:
+    """Experts whose parts cannot be combined token by token, as they mean others by a token.
 
-    Raises:
-        ConfigError: one line for each pair of base models that do not.
+    Args:
+        vocabulary_of: the vocabulary of a base model.
+    Returns:
+        Pairs of an expert's name and what is wrong with it.
     """
-    problems = []
     for expert in catalog.values():
-        bases = dict.fromkeys(
-            catalog[name].settings.base_model or "" for name in expert.settings.parts()
-        )
-        first, *others = bases or [""]
+        parts = [catalog[name] for name in expert.settings.parts()]
+        first, *others = dict.fromkeys(part.settings.base_model or "" for part in parts) or [""]
         for other in others:
-            if models[first].vocabulary != models[other].vocabulary:
-                problems.append(
-                    f"experts.{expert.name}: the base models {first} and {other} have different "
-                    "vocabularies; only experts that share one can be combined"
+            if vocabulary_of(first) != vocabulary_of(other):
+                yield (
+                    expert.name,
+                    f"the base models {first} and {other} have different vocabularies; "
+                    "only experts that share one can be combined",
                 )
-    if problems:
-        raise ConfigError(problems)
 
 
 def _shares(settings: ExpertSettings, route_weights: Mapping[str, float]) -> dict[str, float]:

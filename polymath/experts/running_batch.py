@@ -102,7 +102,9 @@ class RunningBatch:
             slots.leave(row)
 
     def _reuse(self, row: Sequence) -> None:
-        saved = self._prefixes.longest((row.base_model, row.adapter), row.tokens)
+        """Of the prompt alone: a row that joins late counts how likely it finds the answer."""
+        prompt = row.tokens[: row.prompt_tokens]
+        saved = self._prefixes.longest((row.base_model, row.adapter), prompt)
         if saved is not None:
             self._models[row.base_model].slots.write(row, saved)
             row.cached = saved.shape[3]

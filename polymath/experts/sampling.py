@@ -129,7 +129,8 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     import torch
 
     total = probabilities.sum()
-    candidates = (probabilities >= (1 - top_p) / len(probabilities) * total).nonzero().flatten()
+    fair = min((1 - top_p) / len(probabilities) * total, probabilities.max())
+    candidates = (probabilities >= fair).nonzero().flatten()
     values, order = probabilities[candidates].sort(descending=True)
     before = values.cumsum(-1) - values
     kept = before < top_p * total

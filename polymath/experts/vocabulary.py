@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Vocabulary"]
+__all__ = ["Vocabulary", "read_vocabulary"]
 
 SENTENCEPIECE_SPACE = "\u2581"
 SENTENCEPIECE_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
@@ -60,6 +61,13 @@ class Vocabulary:
         if match := SENTENCEPIECE_BYTE.match(piece):
             return bytes([int(match[1], 16)])
         return piece.replace(SENTENCEPIECE_SPACE, " ").encode()
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of the tokenizer in a Hugging Face folder."""
+    from transformers import AutoTokenizer
+
+    return Vocabulary(AutoTokenizer.from_pretrained(folder))
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

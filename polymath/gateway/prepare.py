@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from polymath.artifacts import Progress, no_progress
@@ -12,10 +13,14 @@ from polymath.errors import (
     RouterArtifactError,
 )
 from polymath.experts import (
+    Vocabulary,
+    build_catalog,
     prepare_base_model,
     prepare_graph,
     read_adapter,
+    read_vocabulary,
     runs_on_onnx,
+    vocabulary_conflicts,
     weight_shapes,
 )
 from polymath.gateway.config import ConfigFile, KeyPath
@@ -63,6 +68,7 @@ def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
         except ModelSourceError as error:
             problems.append(config.problem(("base_models", name, "model"), error.message))
     problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, shapes)]
+    problems += [config.problem(*problem) for problem in _conflicts(config.settings, folders)]
     try:
         router = open_router(config, progress)
     except ConfigError as error:
@@ -93,3 +99,16 @@ def _unfit_adapters(settings: Settings, shapes: dict[str, Shapes]) -> Iterator[t
             read_adapter(expert.adapter, shapes[expert.base_model])
         except AdapterError as error:
             yield ("experts", name, "adapter"), error.message
+
+
+def _conflicts(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[KeyPath, str]]:
+    if len(folders) < max(2, len(settings.base_models)):
+        return  # there is nothing to compare, or a base model is missing, which is said already
+
+    @cache
+    def vocabulary_of(base_model: str) -> Vocabulary:
+        return read_vocabulary(folders[base_model])
+
+    catalog = build_catalog(settings.base_models, settings.experts)
+    for name, message in vocabulary_conflicts(catalog, vocabulary_of):
+        yield ("experts", name), message

@@ -15,7 +15,6 @@ from polymath.experts import (
     Plan,
     SamplingParams,
     build_catalog,
-    check_vocabularies,
     load_models,
     plan_answer,
 )
@@ -160,14 +159,11 @@ def open_service(prepared: Prepared, catalog: dict[str, Expert] | None = None) -
 
     Args:
         catalog: the config's experts, if they are at hand; adapters loaded later are added to it.
-    Raises:
-        ConfigError: experts that are combined have different vocabularies.
     """
     settings = prepared.settings
     if catalog is None:
         catalog = build_catalog(settings.base_models, settings.experts)
     models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
-    check_vocabularies(catalog, models)
     engine = Engine(models, settings.engine)
     return ChatService(catalog, prepared.router, engine, settings.engine)
 

@@ -252,6 +252,7 @@ def test_experts_are_listed_as_json(config: Path) -> None:
         "name": "finance",
         "kind": "lora",
         "base_model": "smollm2",
+        "members": [],
         "domains": ["finance"],
         "description": "banking",
     }
@@ -260,6 +261,22 @@ def test_experts_are_listed_as_json(config: Path) -> None:
 def test_experts_are_listed_for_people(config: Path) -> None:
     listed = output("experts", "list", "-c", config)
     assert all(name in listed for name in ("finance", "others", "smollm2", "banking"))
+
+
+def test_experts_that_combine_others_are_listed_with_them(tmp_path: Path) -> None:
+    file = tmp_path / "polymath.yaml"
+    combined = (
+        "  both: {kind: ensemble, members: [finance, others]}\n"
+        "  steered: {kind: proxy_tuned, large: smollm2, tuned: finance, untuned: others}\n"
+    )
+    file.write_text(CONFIG.replace("router:\n", f"{combined}router:\n"))
+    _, _, both, steered, _ = json.loads(output("experts", "list", "-c", file, "--json"))
+    assert (both["kind"], both["base_model"]) == ("ensemble", "")
+    assert both["members"] == ["finance", "others"]
+    assert steered["members"] == ["smollm2", "finance", "others"]
+    listed = output("experts", "list", "-c", file)
+    assert "finance + others" in listed
+    assert "smollm2 + finance + others" in listed
 
 
 def test_eval_router_prints_its_numbers_as_json(report: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from polymath.experts import Sampler, SamplingParams
+from polymath.experts import GrammarSpec, Sampler, SamplingParams, Vocabulary
+from polymath.experts.grammar import GrammarCompiler
+from polymath.experts.sampling import _nucleus
 
 VOCABULARY = 8
 DRAWS = 4000
@@ -229,3 +234,168 @@ def test_the_distribution_given_is_left_alone() -> None:
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     log_probs = torch.tensor([0.0, float("-inf"), 0.0]).log_softmax(-1)
     assert 1 not in sequence(log_probs, 500, seed=0, temperature=2.0)
+
+
+UNIT = 2.0**-12
+"""Probabilities are whole numbers of this, so that float32 adds and multiplies them exactly."""
+
+steep = st.lists(st.integers(0, 12), min_size=1, max_size=30).map(
+    lambda powers: [2**power for power in powers]
+)
+level = st.lists(st.integers(8, 12), min_size=1, max_size=40)
+sparse = st.lists(st.integers(0, 3), min_size=1, max_size=40)
+masses = (steep | level | sparse).filter(lambda units: 0 < sum(units) <= 1 / UNIT)
+
+
+def textbook_nucleus(probabilities: Tensor, top_p: float) -> list[float]:
+    """Sort, cumulate, and stop with the first that reaches the mass (Holtzman et al. 2020)."""
+    values = sorted(probabilities.tolist(), reverse=True)
+    sums = list(accumulate(values))
+    return values[: 1 + next(i for i, mass in enumerate(sums) if mass >= top_p * sums[-1])]
+
+
+@given(masses, st.integers(0, 4095).map(lambda units: units * UNIT))
+@settings(deadline=None, max_examples=300)
+def test_the_nucleus_is_the_one_of_the_textbook(units: list[int], top_p: float) -> None:
+    """Whatever the sum: top-k and min-p leave less than 1."""
+    probabilities = torch.tensor(units) * UNIT
+    nucleus = _nucleus(probabilities, top_p)
+    expected = textbook_nucleus(probabilities, top_p)
+    kept = nucleus > 0
+    assert torch.equal(nucleus[kept], probabilities[kept])
+    assert sorted(nucleus.tolist(), reverse=True)[: len(expected)] == expected
+    assert int(kept.sum()) == len(expected)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-9])
+@pytest.mark.parametrize("tokens", [8, 10, 1000, 128_256])
+def test_the_nucleus_of_equal_tokens_is_never_empty(tokens: int, top_p: float) -> None:
+    """A fair share, computed in float32, may be more than the share of each."""
+    nucleus = _nucleus(torch.zeros(tokens).softmax(-1), top_p)
+    assert (nucleus > 0).sum() == 1
+
+
+class ByteTokens:
+    """The tiny model's vocabulary, of which every token is a byte, with some padding."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.vocabulary = Vocabulary(tokenizer)
+        self.eos: int = tokenizer.eos_token_id
+        self.size = len(self.vocabulary) + 6
+        self._compiler = GrammarCompiler(tokenizer, frozenset({self.eos}))
+
+    def params(self, *choices: str, **values: Any) -> SamplingParams:
+        grammar = self._compiler.compile(GrammarSpec("choice", choices, "guided_choice"))
+        return SamplingParams(**{"max_tokens": 32, **values, "grammar": grammar})
+
+    def id(self, character: str) -> int:
+        return next(i for i in range(self.size) if self.vocabulary.piece(i) == character.encode())
+
+    def scores(self, **logits: float) -> Tensor:
+        """Log-probabilities that are alike but for the characters named."""
+        scores = torch.zeros(self.size)
+        for character, logit in logits.items():
+            scores[self.id(character)] = logit
+        return scores.log_softmax(-1)
+
+    def answer(self, params: SamplingParams, log_probs: Tensor) -> str:
+        drawn, text = Sampler(params), b""
+        for _ in range(params.max_tokens):
+            token = drawn.sample(log_probs)
+            if token == self.eos:
+                break
+            text += self.vocabulary.piece(token)
+        return text.decode()
+
+
+@pytest.fixture(scope="module")
+def byte_tokens(tiny_model: Path) -> ByteTokens:
+    return ByteTokens(tiny_model)
+
+
+CHOICES = ("yes", "no", "never", "no idea")
+
+
+@given(
+    temperature=st.sampled_from([0.0, 0.7, 2.0]),
+    top_k=st.integers(0, 4),
+    top_p=st.floats(0, 1),
+    min_p=st.floats(0, 1),
+    seed=seeds,
+)
+@settings(deadline=None, max_examples=60)
+def test_whatever_is_drawn_under_a_grammar_matches(
+    byte_tokens: ByteTokens, seed: int, **values: Any
+) -> None:
+    log_probs = torch.randn(byte_tokens.size, generator=torch.Generator().manual_seed(seed % 1000))
+    params = byte_tokens.params(*CHOICES, seed=seed, **values)
+    assert byte_tokens.answer(params, 9 * log_probs) in CHOICES
+
+
+def test_greedy_under_a_grammar_is_the_likeliest_token_that_is_allowed(
+    byte_tokens: ByteTokens,
+) -> None:
+    """`x` is likelier than both, but neither answer begins with it."""
+    log_probs = byte_tokens.scores(x=5.0, n=2.0, y=1.0, o=1.0)
+    params = byte_tokens.params("yes", "no", temperature=0.0)
+    assert byte_tokens.answer(params, log_probs) == "no"
+
+
+def test_a_grammar_leaves_the_proportions_of_what_it_allows(byte_tokens: ByteTokens) -> None:
+    log_probs = byte_tokens.scores(x=5.0, y=1.0, n=0.0)
+    params = byte_tokens.params("y", "n")
+    counts = Counter(Sampler(params).sample(log_probs) for _ in range(DRAWS))
+    share = counts[byte_tokens.id("y")] / DRAWS
+    assert set(counts) == {byte_tokens.id("y"), byte_tokens.id("n")}
+    assert share == pytest.approx(math.e / (1 + math.e), abs=TOLERANCE)
+
+
+def test_truncation_counts_what_the_grammar_allows_alone(byte_tokens: ByteTokens) -> None:
+    """The two likeliest of all tokens are banned: top-k of 2 must not leave nothing to draw."""
+    log_probs = byte_tokens.scores(x=9.0, z=8.0, y=1.0, n=0.0)
+    params = byte_tokens.params("y", "n", top_k=2)
+    drawn = {Sampler(params).sample(log_probs) for _ in range(100)}
+    assert drawn == {byte_tokens.id("y"), byte_tokens.id("n")}
+
+
+def test_no_bias_and_no_penalty_gets_past_a_grammar(byte_tokens: ByteTokens) -> None:
+    banned, allowed = byte_tokens.id("x"), byte_tokens.id("a")
+    params = byte_tokens.params(
+        "aaaa",
+        logit_bias={banned: 100.0, allowed: -100.0, byte_tokens.eos: 100.0},
+        frequency_penalty=2.0,
+        presence_penalty=2.0,
+    )
+    assert byte_tokens.answer(params, byte_tokens.scores()) == "aaaa"
+
+
+def test_a_bias_chooses_among_what_a_grammar_allows(byte_tokens: ByteTokens) -> None:
+    params = byte_tokens.params("yes", "no", logit_bias={byte_tokens.id("n"): 100.0})
+    assert byte_tokens.answer(params, byte_tokens.scores()) == "no"
+
+
+def test_padding_of_the_vocabulary_is_never_drawn_under_a_grammar(byte_tokens: ByteTokens) -> None:
+    log_probs = byte_tokens.scores()
+    log_probs[-6:] = 100.0
+    params = byte_tokens.params(*CHOICES)
+    assert byte_tokens.answer(params, log_probs) in CHOICES
+
+
+def test_answers_of_one_grammar_do_not_disturb_each_other(byte_tokens: ByteTokens) -> None:
+    params = byte_tokens.params("no idea", temperature=0.0)
+    log_probs, text = byte_tokens.scores(), [b"", b""]
+    samplers = [Sampler(params), Sampler(params)]
+    for _ in range(len("no idea")):
+        for index, one in enumerate(samplers):
+            text[index] += byte_tokens.vocabulary.piece(one.sample(log_probs))
+    assert text == [b"no idea"] * 2
+    assert [one.sample(log_probs) for one in samplers] == [byte_tokens.eos] * 2
+
+
+def test_the_distribution_given_is_left_alone_under_a_grammar(byte_tokens: ByteTokens) -> None:
+    log_probs = byte_tokens.scores()
+    byte_tokens.answer(byte_tokens.params("yes"), log_probs)
+    assert torch.equal(log_probs, byte_tokens.scores())

@@ -10,52 +10,12 @@ import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from polymath.gateway.app import Gateway
-from tests.conftest import EXPERTS
+from tests.conftest import COMBINED, EXPERTS
+from tests.gateway.asking import HELLO, ask, refusal, stream, streamed_text, text, user
 
-HELLO = [{"role": "user", "content": "Tell me about the moon."}]
 BANKING = "Name the banking intent of this customer message: my new card has not arrived yet"
-
-
-@pytest.fixture(scope="module")
-def client(base_url: str) -> OpenAI:
-    return OpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0, timeout=120)
-
-
-def ask(client: OpenAI, **given: Any) -> ChatCompletion:
-    values = {"model": "smollm2", "messages": HELLO, "max_tokens": 8, "temperature": 0, **given}
-    completion = client.chat.completions.create(**values)
-    assert isinstance(completion, ChatCompletion)
-    return completion
-
-
-def stream(client: OpenAI, **given: Any) -> list[ChatCompletionChunk]:
-    values = {"model": "smollm2", "messages": HELLO, "max_tokens": 8, "temperature": 0, **given}
-    return list(client.chat.completions.create(stream=True, **values))
-
-
-def text(completion: ChatCompletion, index: int = 0) -> str:
-    return completion.choices[index].message.content or ""
-
-
-def streamed_text(chunks: list[ChatCompletionChunk], index: int = 0) -> str:
-    return "".join(
-        choice.delta.content or ""
-        for chunk in chunks
-        for choice in chunk.choices
-        if choice.index == index
-    )
-
-
-def refusal(client: OpenAI, **given: Any) -> openai.APIStatusError:
-    with pytest.raises(openai.APIStatusError) as caught:
-        ask(client, **given)
-    body = caught.value.response.json()
-    assert body.keys() == {"error"}
-    assert body["error"].keys() == {"message", "type", "param", "code"}
-    return caught.value
 
 
 # --- the same text both ways ---------------------------------------------------------------------
@@ -132,7 +92,7 @@ def test_the_expert_answers_as_it_was_trained_to(client: OpenAI) -> None:
 def test_an_unknown_model_is_404_and_lists_what_there_is(client: OpenAI) -> None:
     error = refusal(client, model="chemistry")
     assert error.status_code == 404
-    for name in ("polymath", *EXPERTS, "smollm2"):
+    for name in ("polymath", *EXPERTS, *COMBINED, "smollm2"):
         assert name in error.message
 
 
@@ -178,6 +138,15 @@ def test_max_completion_tokens_is_max_tokens(client: OpenAI) -> None:
 def test_the_end_token_finishes_with_stop(client: OpenAI) -> None:
     completion = ask(client, model="finance", messages=[user(BANKING)], max_tokens=40)
     assert completion.choices[0].finish_reason == "stop"
+
+
+def test_the_end_token_may_be_ignored(client: OpenAI) -> None:
+    given = {"model": "finance", "messages": [user(BANKING)], "max_tokens": 40}
+    ended, went_on = ask(client, **given), ask(client, **given, extra_body={"ignore_eos": True})
+    assert went_on.choices[0].finish_reason == "length"
+    assert went_on.usage is not None
+    assert went_on.usage.completion_tokens == 40
+    assert text(went_on).startswith(text(ended))
 
 
 def test_choices_of_one_seed_differ_from_each_other_but_not_between_requests(
@@ -234,8 +203,9 @@ def test_a_conversation_with_all_roles_is_answered(client: OpenAI) -> None:
     ("given", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
         ({"extra_body": {"no_such_thing": 1}}, "no_such_thing"),
+        ({"extra_body": {"polymath": {"atribution": True}}}, "polymath.atribution"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
     ],
 )
@@ -267,6 +237,8 @@ def test_what_is_not_supported_is_refused_by_name(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"extra_body": {"ignore_eos": "yes"}}, "ignore_eos"),
+        ({"extra_body": {"polymath": {"attribution": "yes"}}}, "polymath.attribution"),
         ({"max_tokens": 8192}, "messages"),
         ({"messages": [{"role": "user", "content": "hi " * 9000}]}, "messages"),
     ],
@@ -340,7 +312,3 @@ async def engine_settles(gateway: Gateway) -> bool:
     while gateway.engine.active and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
     return gateway.engine.active == 0
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}

@@ -34,6 +34,7 @@ engine:
   max_tokens: 64
 """
 
+KINDS = "lora, base, ensemble, proxy_tuned"
 NO_ENVIRONMENT: dict[str, str] = {}
 
 
@@ -118,7 +119,8 @@ def test_the_whole_error_line_is_file_line_key_message(tmp_path: Path) -> None:
             "port:",
             "zzz:",
             "2: server.zzz: unknown key; "
-            "valid here: host, log_level, max_body_bytes, port, shutdown_grace",
+            "valid here: allow_runtime_lora_updating, host, log_level, max_body_bytes, port, "
+            "shutdown_grace",
         ),
         (
             "    model: package:tiny",
@@ -200,12 +202,18 @@ def test_a_value_of_the_wrong_kind_is_named_with_what_was_found(
         (
             "kind: base",
             "kind: bse",
-            "11: experts.general.kind: 'bse' is not one of lora, base; did you mean base?",
+            f"11: experts.general.kind: 'bse' is not one of {KINDS}; did you mean base?",
+        ),
+        (
+            "kind: base",
+            "kind: proxy-tuned",
+            f"11: experts.general.kind: 'proxy-tuned' is not one of {KINDS}; "
+            "did you mean proxy_tuned?",
         ),
         (
             "kind: base",
             "kind: 7",
-            "11: experts.general.kind: 7 is not one of lora, base; valid here: lora, base",
+            f"11: experts.general.kind: 7 is not one of {KINDS}; valid here: {KINDS}",
         ),
         (
             "max_tokens: 64",
@@ -321,6 +329,149 @@ def test_an_adapter_is_asked_for_at_the_expert(tmp_path: Path) -> None:
     ]
 
 
+def with_expert(*lines: str) -> str:
+    """`GOOD` with an expert `x` whose name stands in line 14 and its keys in those below."""
+    expert = "".join(f"{line}\n" for line in ("  x:", *(f"    {line}" for line in lines)))
+    return changed(("router:\n", f"{expert}router:\n"))
+
+
+STEERED = ("kind: proxy_tuned", "large: tiny", "tuned: math", "untuned: tiny")
+MEMBERS = "members: {math: 1, general: 2}"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("kind: ensemble", MEMBERS),
+        ("kind: ensemble", "members: [math, general, tiny]"),
+        ("kind: ensemble", "members: [math]", "combine: logits"),
+        ("kind: ensemble", MEMBERS, "combine: posterior", "top_k: 2", "floor: 0"),
+        STEERED,
+        (*STEERED, "alpha: -0.5", "sampling: {temperature: 0}"),
+    ],
+    ids=", ".join,
+)
+def test_experts_that_combine_others_are_read(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    assert load(tmp_path, with_expert(*lines)).settings.experts["x"].parts()
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (("kind: ensemble",), "14: experts.x: an expert of kind ensemble needs `members`"),
+        (STEERED[:2], "14: experts.x: an expert of kind proxy_tuned needs `tuned`"),
+        (
+            ("kind: ensemble", MEMBERS, "base_model: tiny"),
+            "14: experts.x: an expert of kind ensemble has no `base_model`; it belongs to lora",
+        ),
+        (
+            ("kind: ensemble", MEMBERS, "alpha: 0.5"),
+            "14: experts.x: an expert of kind ensemble has no `alpha`; it belongs to proxy_tuned",
+        ),
+        (
+            (*STEERED, "members: [math]"),
+            "14: experts.x: an expert of kind proxy_tuned has no `members`; it belongs to ensemble",
+        ),
+        (
+            ("kind: base", "base_model: tiny", "top_k: 40"),
+            "14: experts.x: an expert of kind base has no `top_k`; it belongs to ensemble",
+        ),
+        (
+            ("kind: ensemble", MEMBERS, "floor: 0.5"),
+            "14: experts.x: `floor` goes with `combine: posterior`, and only with it",
+        ),
+        (
+            ("kind: ensemble", MEMBERS, "system_prompt: Be brief."),
+            "14: experts.x: an expert of kind ensemble has no `system_prompt`; "
+            "its experts have their own",
+        ),
+        (
+            ("kind: ensemble", "members: {math: 0, general: 0.0}"),
+            "14: experts.x: the weights of `members` add up to 0; "
+            "give at least one of them a positive weight, and none a huge one",
+        ),
+        (
+            ("kind: ensemble", MEMBERS, "combine: logit"),
+            "17: experts.x.combine: 'logit' is not one of logits, probabilities, posterior; "
+            "did you mean logits?",
+        ),
+        (
+            (*STEERED, "alpha: .inf"),
+            "19: experts.x.alpha: input should be a finite number, found inf",
+        ),
+        (
+            ("kind: ensemble", "membres: [math]"),
+            "16: experts.x.membres: unknown key; did you mean members?",
+        ),
+    ],
+)
+def test_keys_that_do_not_fit_the_kind_are_named_with_the_way_out(
+    tmp_path: Path, lines: tuple[str, ...], expected: str
+) -> None:
+    assert problems(tmp_path, with_expert(*lines)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ("3", "16: experts.x.members: must be a mapping or a list, found 3"),
+        ("math", "16: experts.x.members: must be a mapping or a list, found 'math'"),
+        (
+            "[math, 3]",
+            "16: experts.x.members.1: input should be a valid string, found 3",
+        ),
+        (
+            "{math: 1, general: -1}",
+            "16: experts.x.members.general: input should be greater than or equal to 0, found -1",
+        ),
+        (
+            "\n      math: 1\n      general: much",
+            "18: experts.x.members.general: input should be a valid number, "
+            "unable to parse string as a number, found 'much'",
+        ),
+        (
+            "[]",
+            "16: experts.x.members: "
+            "value should have at least 1 item after validation, not 0, found []",
+        ),
+    ],
+)
+def test_members_of_another_form_are_one_problem(
+    tmp_path: Path, members: str, expected: str
+) -> None:
+    text = with_expert("kind: ensemble", f"members: {members}")
+    assert problems(tmp_path, text) == [expected]
+
+
+def test_unknown_members_are_named_with_the_nearest_expert(tmp_path: Path) -> None:
+    text = with_expert("kind: ensemble", "members: [maht, generel]")
+    assert problems(tmp_path, text) == [
+        "16: experts.x.members: no expert 'maht'; did you mean math?",
+        "16: experts.x.members: no expert 'generel'; did you mean general?",
+    ]
+
+
+def test_an_unknown_part_of_a_proxy_is_named_at_its_key(tmp_path: Path) -> None:
+    text = with_expert("kind: proxy_tuned", "large: tiny", "tuned: maths", "untuned: tinny")
+    assert problems(tmp_path, text) == [
+        "17: experts.x.tuned: no expert 'maths'; did you mean math?",
+        "18: experts.x.untuned: no expert 'tinny'; did you mean tiny?",
+    ]
+
+
+@pytest.mark.parametrize("lines", [("kind: ensemble", "members: [math, {}]"), STEERED])
+@pytest.mark.parametrize("inner", ["x", "y"])
+def test_an_expert_that_combines_others_cannot_be_combined(
+    tmp_path: Path, lines: tuple[str, ...], inner: str
+) -> None:
+    """Neither itself nor another one."""
+    named = [line.format(inner).replace("tuned: math", f"tuned: {inner}") for line in lines]
+    text = with_expert(*named).replace("router:", "  y: {kind: ensemble, members: [math]}\nrouter:")
+    (problem,) = problems(tmp_path, text)
+    assert problem.split(": ")[1] in ("experts.x.members", "experts.x.tuned")
+    assert problem.endswith(f"{inner!r} combines experts itself; name those")
+
+
 def test_a_key_given_twice_is_named_with_both_lines(tmp_path: Path) -> None:
     assert problems(tmp_path, changed(("  port: 8081", "  port: 8081\n  port: 1"))) == [
         "3: server.port: given twice, first in line 2"
@@ -400,7 +551,7 @@ def test_all_problems_of_the_sections_come_at_once(tmp_path: Path) -> None:
     )
     assert problems(tmp_path, text) == [
         "2: server.prt: unknown key; did you mean port?",
-        "11: experts.general.kind: 'bse' is not one of lora, base; did you mean base?",
+        f"11: experts.general.kind: 'bse' is not one of {KINDS}; did you mean base?",
         "19: engine.max_tokens: input should be greater than or equal to 1, found 0",
     ]
 

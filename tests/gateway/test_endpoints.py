@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 from openai import NotFoundError, OpenAI
 
+from polymath.errors import ConfigError
+from polymath.experts import BaseModelSettings, EngineSettings, ExpertSettings
 from polymath.gateway import Prepared
 from polymath.gateway.app import Gateway, create_app
-from tests.conftest import EXPERTS
-
-
-@pytest.fixture(scope="module")
-def client(base_url: str) -> OpenAI:
-    return OpenAI(base_url=f"{base_url}/v1", api_key="unused", max_retries=0)
+from tests.conftest import COMBINED, EXPERTS
 
 
 def test_models_lists_the_router_the_experts_and_the_bases(client: OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {"polymath", *EXPERTS, "smollm2"}
+    listed = [model.id for model in client.models.list()]
+    assert listed == ["polymath", *EXPERTS, *COMBINED, "smollm2"]
 
 
 def test_every_listed_model_can_be_retrieved(client: OpenAI) -> None:
@@ -100,11 +100,27 @@ async def test_before_the_models_are_loaded_probes_answer_and_chats_do_not(demo:
     assert chat.json()["error"]["code"] == "not_ready"
 
 
+async def test_experts_that_cannot_be_combined_end_the_server(
+    shipped: Prepared, tiny_model: Path, foreign_model: Path
+) -> None:
+    folders = {"tiny": tiny_model, "foreign": foreign_model}
+    settings = shipped.settings.model_copy(
+        update={
+            "base_models": {name: BaseModelSettings(model="somewhere") for name in folders},
+            "experts": {"x": ExpertSettings(kind="ensemble", members=tuple(folders))},
+            "engine": EngineSettings(backend="torch"),
+        }
+    )
+    config = replace(shipped.config, settings=settings)
+    broken = Gateway(replace(shipped, config=config, folders=folders))
+    await broken.load()
+    assert isinstance(broken.failure, ConfigError)
+    assert "tiny and foreign have different vocabularies" in str(broken.failure)
+
+
 async def test_a_model_that_cannot_be_loaded_ends_the_server(
     demo: Prepared, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    from dataclasses import replace
-
     ended: list[bool] = []
     empty = tmp_path_factory.mktemp("empty")
     broken = Gateway(replace(demo, folders={"smollm2": empty}), lambda: ended.append(True))

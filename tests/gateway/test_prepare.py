@@ -46,11 +46,11 @@ def rewrite(file: Path, change: Change) -> None:
     assert file.read_text() != before
 
 
-def test_the_shipped_config_is_in_order(demo: Prepared) -> None:
-    assert tuple(demo.settings.experts) == EXPERTS
-    assert demo.folders.keys() == {"smollm2"}
-    assert (demo.folders["smollm2"] / "config.json").is_file()
-    assert demo.router.route([{"role": "user", "content": "2 + 2?"}]).expert in EXPERTS
+def test_the_shipped_config_is_in_order(shipped: Prepared) -> None:
+    assert tuple(shipped.settings.experts) == EXPERTS
+    assert shipped.folders.keys() == {"smollm2"}
+    assert (shipped.folders["smollm2"] / "config.json").is_file()
+    assert shipped.router.route([{"role": "user", "content": "2 + 2?"}]).expert in EXPERTS
 
 
 def test_the_artifacts_may_stand_anywhere_beside_the_config(demo_copy: Path) -> None:

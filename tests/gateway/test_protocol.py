@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from polymath.gateway.protocol import ChatMessage, ChatRequest, RouteRequest
+from polymath.experts import GrammarSpec
+from polymath.gateway.protocol import (
+    ChatMessage,
+    ChatRequest,
+    LoadAdapterRequest,
+    RouteRequest,
+    UnloadAdapterRequest,
+)
 
 HELLO = {"role": "user", "content": "Hello"}
 
@@ -111,7 +119,7 @@ def test_a_request_needs_a_model_and_messages() -> None:
 
 NULLABLE = [
     *(name for name in ChatRequest.model_fields if name not in ("model", "messages")),
-    *("tools", "response_format", "audio", "reasoning_effort", "no_such_field"),
+    *("tools", "audio", "reasoning_effort", "no_such_field"),
 ]
 
 
@@ -127,7 +135,9 @@ def test_null_means_absent_in_a_message(name: str) -> None:
 
 
 NEUTRAL_VALUES = [
-    ("response_format", {"type": "text"}),
+    ("ignore_eos", False),
+    ("polymath", {}),
+    ("polymath", {"attribution": None}),
     ("tools", []),
     ("tool_choice", "none"),
     ("functions", []),
@@ -147,7 +157,8 @@ def test_a_value_that_asks_for_nothing_is_accepted(name: str, value: object) -> 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", {"type": "json_object"}),
+        ("guided_decoding_backend", "xgrammar"),
+        ("structured_outputs", {"json": {}}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "auto"),
         ("functions", [{"name": "f"}]),
@@ -315,7 +326,7 @@ json_values = st.recursive(
     max_leaves=5,
 )
 bodies = st.dictionaries(
-    st.sampled_from([*ChatRequest.model_fields, "tools", "store", "response_format"]), json_values
+    st.sampled_from([*ChatRequest.model_fields, "tools", "store"]), json_values
 )
 
 
@@ -326,6 +337,113 @@ def test_any_body_is_understood_or_refused(body: dict[str, Any]) -> None:
     except ValidationError:
         return
     assert understood.conversation()
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"default": None}}}
+
+
+def of_schema(**fields: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", **fields}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "spec"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "text", "json_schema": None}}, None),
+        (
+            {"response_format": {"type": "json_object"}},
+            GrammarSpec("json_schema", {"type": "object"}, "response_format"),
+        ),
+        (
+            {"response_format": of_schema(schema=SCHEMA, strict=True, description="d")},
+            GrammarSpec("json_schema", SCHEMA, "response_format"),
+        ),
+        (
+            {"response_format": of_schema(schema=SCHEMA, strict=False)},
+            GrammarSpec("json_schema", SCHEMA, "response_format"),
+        ),
+        ({"guided_json": SCHEMA}, GrammarSpec("json_schema", SCHEMA, "guided_json")),
+        ({"guided_regex": "[0-9]+"}, GrammarSpec("regex", "[0-9]+", "guided_regex")),
+        ({"guided_choice": ["a", "b"]}, GrammarSpec("choice", ["a", "b"], "guided_choice")),
+        (
+            {"guided_grammar": 'root ::= "a"'},
+            GrammarSpec("grammar", 'root ::= "a"', "guided_grammar"),
+        ),
+        (
+            {"response_format": {"type": "text"}, "guided_regex": "a"},
+            GrammarSpec("regex", "a", "guided_regex"),
+        ),
+    ],
+)
+def test_every_way_to_ask_for_a_form_is_one_grammar(
+    fields: dict[str, Any], spec: GrammarSpec | None
+) -> None:
+    """The nulls in a schema are the schema's own."""
+    assert request(**fields).grammar == spec
+
+
+GUIDED = {
+    "response_format": {"type": "json_object"},
+    "guided_json": SCHEMA,
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_grammar": "start: /a/",
+}
+
+
+@pytest.mark.parametrize(("first", "second"), combinations(GUIDED, 2))
+def test_two_forms_at_once_are_refused_by_name(first: str, second: str) -> None:
+    given = {second: GUIDED[second], first: GUIDED[first]}
+    (problem,) = problems(ChatRequest, {"model": "polymath", "messages": [HELLO], **given})
+    assert problem == (second, f"contradicts {first}; give one of them")
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {**of_schema(schema={}), "type": "text"}}, "response_format"),
+        ({"response_format": of_schema()}, "response_format.json_schema.schema"),
+        ({"response_format": of_schema(schema=None)}, "response_format.json_schema.schema"),
+        ({"response_format": of_schema(schema=True)}, "response_format.json_schema.schema"),
+        ({"response_format": of_schema(schema={}, name="")}, "response_format.json_schema.name"),
+        ({"response_format": of_schema(schema={}, extra=1)}, "response_format.json_schema.extra"),
+        ({"guided_json": "{}"}, "guided_json"),
+        ({"guided_json": True}, "guided_json"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_regex": 3}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": "a"}, "guided_choice"),
+        ({"guided_choice": ["a", ""]}, "guided_choice.1"),
+        ({"guided_grammar": ""}, "guided_grammar"),
+    ],
+    ids=str,
+)
+def test_a_form_that_is_none_is_refused_at_its_place(fields: dict[str, Any], place: str) -> None:
+    assert refused_fields(**fields) == [place]
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("extra", True), ("org/extra-1.0:b", True), ("", False), ("-x", False), ("a b", False)],
+)
+def test_a_loaded_adapter_has_a_name_that_can_be_a_model(name: str, fits: bool) -> None:
+    body = {"lora_name": name, "lora_path": "folder"}
+    if fits:
+        assert LoadAdapterRequest.model_validate(body).base_model is None
+    else:
+        assert problems(LoadAdapterRequest, body)[0][0] == "lora_name"
+
+
+@pytest.mark.parametrize("model", [LoadAdapterRequest, UnloadAdapterRequest])
+def test_adapter_updates_refuse_what_they_do_not_know(model: type[BaseModel]) -> None:
+    body = dict.fromkeys(model.model_fields, "x") | {"lora_int_id": 1}
+    assert [place for place, _ in problems(model, body)] == ["lora_int_id"]
 
 
 def test_the_schema_can_be_written_down() -> None:
