@@ -7,10 +7,10 @@ so that neither an unload nor an eviction touches an answer in progress.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from polymath.errors import ModelNotFound
+from polymath.errors import AdapterError, ModelNotFound
 from polymath.experts.adapter import AdapterFile, read_adapter
 from polymath.experts.lora_weights import LoraWeights
 
@@ -32,6 +32,7 @@ class AdapterBank:
     Args:
         base_shapes: shapes of the base model's tensors (`weight_shapes`).
         read: reads the weights of a checked adapter.
+        modules: those that the network can adapt; None is all.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class AdapterBank:
         base_shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str, AdapterFile], LoraWeights],
         max_loaded: int,
+        modules: Collection[str] | None = None,
     ) -> None:
         self._base_shapes = base_shapes
         self._read = read
         self._max_loaded = max_loaded
+        self._modules = modules
         self._known: dict[str, KnownAdapter] = {}
         self._loaded: list[KnownAdapter] = []  # the least recently used comes first
         self._lock = threading.Lock()
@@ -63,7 +66,14 @@ class AdapterBank:
         Raises:
             AdapterError: it is missing, corrupt, or made for another base model.
         """
-        known = KnownAdapter(name, read_adapter(folder, self._base_shapes))
+        file = read_adapter(folder, self._base_shapes)
+        for module in file.ranks:
+            if self._modules is not None and module not in self._modules:
+                raise AdapterError(
+                    f"{folder}: module {module} cannot be adapted on the int8 path; "
+                    "set `engine.backend: torch`"
+                )
+        known = KnownAdapter(name, file)
         with self._lock:
             self._forget(name)
             self._known[name] = known

@@ -25,6 +25,10 @@ WHITE_SPACE = r"(\x20|\n\x20{0,16})?"
 white space, which JSON allows without end."""
 
 MAX_MESSAGE = 400
+MAX_CHARACTERS = 256 * 1024
+MAX_RULES = 500
+"""Rules or references; llguidance follows chains of them on the native stack, which some thousands
+overflow, and the process with it."""
 
 
 GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
@@ -137,13 +141,16 @@ def _without_control_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described |= {"padding": None, "truncation": None, "post_processor": None}
-    vocabulary = described["model"].get("vocab")
+    names = {}
     for token in described["added_tokens"]:
         if token["special"]:
-            renamed = f"\ue0f2{token['id']}\ue0f3"
-            if isinstance(vocabulary, dict) and token["content"] in vocabulary:
-                vocabulary[renamed] = vocabulary.pop(token["content"])
-            token["content"] = renamed
+            names[token["content"]] = token["content"] = f"\ue0f2{token['id']}\ue0f3"
+    vocabulary = described["model"]["vocab"]
+    described["model"]["vocab"] = (
+        {names.get(token, token): index for token, index in vocabulary.items()}
+        if isinstance(vocabulary, dict)
+        else [[names.get(token, token), score] for token, score in vocabulary]
+    )
     return json.dumps(described)
 
 
@@ -152,6 +159,7 @@ def _grammar_text(spec: GrammarSpec) -> str:
 
     if spec.kind == "json_schema":
         schema = json.dumps(spec.content)
+        _check_size(schema, schema.count('"$ref"'))
         return LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_flexible": True, "whitespace_pattern": WHITE_SPACE}
         )
@@ -163,7 +171,16 @@ def _grammar_text(spec: GrammarSpec) -> str:
     if spec.kind == "choice":
         choices = " | ".join(json.dumps(choice) for choice in spec.content)
         return LLMatcher.grammar_from_lark(f"start: {choices}")
+    _check_size(spec.content, spec.content.count(":"))
     return LLMatcher.grammar_from_lark(_lark(spec.content))
+
+
+def _check_size(text: str, rules: int) -> None:
+    if len(text) > MAX_CHARACTERS or rules > MAX_RULES:
+        raise ValueError(
+            f"{len(text)} characters and {rules} rules or references; "
+            f"at most {MAX_CHARACTERS} and {MAX_RULES} are allowed"
+        )
 
 
 def _lark(grammar: str) -> str:

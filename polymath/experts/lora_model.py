@@ -72,7 +72,10 @@ class LoraModel:
             dtype=self.network.dtype,
             device=self.network.cache_shape.device,
         )
-        self.adapters = AdapterBank(weight_shapes(folder), read, settings.max_loaded_adapters)
+        modules = {module for site in self.network.sites for module in site.modules}
+        self.adapters = AdapterBank(
+            weight_shapes(folder), read, settings.max_loaded_adapters, modules
+        )
         for name, path in adapters.items():
             self.adapters.add(name, path)
 

@@ -84,7 +84,6 @@ class RouterArtifact:
         Raises:
             RouterArtifactError: a file is missing, corrupt, or does not fit the others.
         """
-        import numpy as np
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -100,9 +99,9 @@ class RouterArtifact:
             tensors: dict[str, Any] = load_file(folder / HEAD_FILE)
             artifact = cls(
                 card,
-                tensors["weight"].astype(np.float32),
-                tensors["bias"].astype(np.float32),
-                tensors["vectors"].astype(np.float32),
+                _floats(tensors, "weight"),
+                _floats(tensors, "bias"),
+                _floats(tensors, "vectors"),
                 references,
             )
         except ValidationError as error:
@@ -164,3 +163,13 @@ class RouterArtifact:
                 raise RouterArtifactError(
                     f"{folder / HEAD_FILE}: {name} holds NaN or infinity; train the router again"
                 )
+
+
+def _floats(tensors: dict[str, Any], name: str) -> NDArray[np.float32]:
+    import numpy as np
+
+    values = tensors[name]
+    if values.dtype.kind not in "fiu":  # such as bfloat16, which some libraries teach numpy
+        raise TypeError(f"{name} is of type {values.dtype}")
+    floats: NDArray[np.float32] = values.astype(np.float32)
+    return floats

@@ -53,6 +53,7 @@ PATTERNS = [
     r"a.b",
     r"(?i:ok)\.?",
     r"https?://[a-z]+/[a-z/]*",
+    r"[ab]\\\\",
     r"",
     r"^(\[[01]*\])*$",
 ]
@@ -442,6 +443,8 @@ def test_a_malformed_schema_is_refused_with_the_place(
         ("[z-a]", "invalid character class range"),
         ("a{2,1}", "invalid repetition"),
         ("*", "repetition"),
+        ("a\\", "lone backslash"),
+        ("a\\\\\\", "lone backslash"),
         ("(?<=a)b", "look-behind"),
         ("(?<!a)b", "look-behind"),
         ("(?=a)b", "look-ahead"),
@@ -520,3 +523,34 @@ def test_a_token_that_was_not_allowed_is_an_error(tools: Toolbox) -> None:
     with pytest.raises(InvalidRequest) as refused:
         matcher.take(*tools.tokens("b"))
     assert refused.value.param == "guided_choice"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (
+            "grammar",
+            "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(5000)) + 'r5000: "a"',
+        ),
+        (
+            "json_schema",
+            {
+                "$ref": "#/$defs/d0",
+                "$defs": {
+                    **{
+                        f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}}
+                        for i in range(5000)
+                    },
+                    "d5000": {"type": "string"},
+                },
+            },
+        ),
+        ("json_schema", {"enum": ["a" * 300_000]}),
+    ],
+    ids=["rules", "references", "characters"],
+)
+def test_a_grammar_that_would_overflow_the_compiler_is_refused(
+    tools: Toolbox, kind: GrammarKind, content: object
+) -> None:
+    with pytest.raises(InvalidRequest, match="at most"):
+        tools.compile(kind, content)

@@ -267,6 +267,12 @@ def test_the_nucleus_is_the_one_of_the_textbook(units: list[int], top_p: float) 
     assert int(kept.sum()) == len(expected)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 1), (0.75, 2), (0.875, 3)])
+def test_a_nucleus_that_reaches_top_p_exactly_takes_no_more(top_p: float, kept: int) -> None:
+    probabilities = torch.tensor([0.125, 0.5, 0.125, 0.25])
+    assert int((_nucleus(probabilities, top_p) > 0).sum()) == kept
+
+
 @pytest.mark.parametrize("top_p", [0.0, 1e-9])
 @pytest.mark.parametrize("tokens", [8, 10, 1000, 128_256])
 def test_the_nucleus_of_equal_tokens_is_never_empty(tokens: int, top_p: float) -> None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
 from openai import NotFoundError, OpenAI
 
-from polymath.errors import ConfigError
-from polymath.experts import BaseModelSettings, EngineSettings, ExpertSettings
 from polymath.gateway import Prepared
 from polymath.gateway.app import Gateway, create_app
 from tests.conftest import COMBINED, EXPERTS
@@ -98,24 +95,6 @@ async def test_before_the_models_are_loaded_probes_answer_and_chats_do_not(demo:
     assert ready.status_code == chat.status_code == 503
     assert chat.headers["retry-after"] == "1"
     assert chat.json()["error"]["code"] == "not_ready"
-
-
-async def test_experts_that_cannot_be_combined_end_the_server(
-    shipped: Prepared, tiny_model: Path, foreign_model: Path
-) -> None:
-    folders = {"tiny": tiny_model, "foreign": foreign_model}
-    settings = shipped.settings.model_copy(
-        update={
-            "base_models": {name: BaseModelSettings(model="somewhere") for name in folders},
-            "experts": {"x": ExpertSettings(kind="ensemble", members=tuple(folders))},
-            "engine": EngineSettings(backend="torch"),
-        }
-    )
-    config = replace(shipped.config, settings=settings)
-    broken = Gateway(replace(shipped, config=config, folders=folders))
-    await broken.load()
-    assert isinstance(broken.failure, ConfigError)
-    assert "tiny and foreign have different vocabularies" in str(broken.failure)
 
 
 async def test_a_model_that_cannot_be_loaded_ends_the_server(

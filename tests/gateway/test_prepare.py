@@ -53,6 +53,21 @@ def test_the_shipped_config_is_in_order(shipped: Prepared) -> None:
     assert shipped.router.route([{"role": "user", "content": "2 + 2?"}]).expert in EXPERTS
 
 
+def test_experts_of_different_vocabularies_cannot_be_combined(
+    demo_copy: Path, tiny_model: Path, foreign_model: Path
+) -> None:
+    bases = (
+        f"base_models:\n  tiny: {{model: {tiny_model}}}\n  foreign: {{model: {foreign_model}}}\n"
+    )
+    mixed = "experts:\n  mixed: {kind: ensemble, members: [tiny, foreign]}\n"
+    rewrite(demo_copy, lambda text: text.replace("base_models:\n", bases, 1))
+    rewrite(demo_copy, lambda text: text.replace("experts:\n", mixed, 1))
+    assert problems(demo_copy) == [
+        f"{demo_copy}:{line_of(demo_copy, 'mixed:')}: experts.mixed: the base models tiny and "
+        "foreign have different vocabularies; only experts that share one can be combined"
+    ]
+
+
 def test_the_artifacts_may_stand_anywhere_beside_the_config(demo_copy: Path) -> None:
     prepared = prepare(load_config(demo_copy, environ={}))
     adapter = prepared.settings.experts["math"].adapter
