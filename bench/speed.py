@@ -30,6 +30,9 @@ from polymath.experts import adapters_on, render_chat
 MIXED = ("math", "health", "law", "general")
 TOKENS = 64
 THREADS = 2
+REST = 0.5
+"""Seconds between two runs."""
+
 QUESTION = "Tell me a long story about a sailor who counts the stars and the fish of the sea."
 TURNS = (
     "I want to keep bees in my garden. What do I need to begin, and what does it cost?",
@@ -125,8 +128,12 @@ def _alternating(
     runs: int, ours: Callable[[], float], peer: Callable[[], float]
 ) -> tuple[float, float, float]:
     """Medians of ours, of the peer's, and of peer / ours run by run, after one run unseen."""
-    ours(), peer()
-    pairs = [(ours(), peer()) for _ in range(runs)]
+
+    def rested(run: Callable[[], float]) -> float:
+        time.sleep(REST)  # threads of the other side that still spin would take a core
+        return run()
+
+    pairs = [(rested(ours), rested(peer)) for _ in range(runs + 1)][1:]
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     return mine, theirs, statistics.median(other / one for one, other in pairs)
 
@@ -264,7 +271,7 @@ def _next_turn(url: str, fresh: str, runs: int) -> Result:
         messages: list[dict[str, str]] = []
         for turn in TURNS[:-1]:
             messages.append({"role": "user", "content": f"{turn} ({run})"})
-            body = {**_asked("general"), "messages": messages}
+            body = {**_asked("general"), "messages": messages, "ignore_eos": False}
             answer = read_stream(url, body).text
             messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": TURNS[-1]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,8 @@ class Decoding:
         self._vocabulary = vocabulary
         self._eos_ids = eos_ids
         self._sampler = Sampler(group.sampling)
+        combiner = group.combiner
+        self._constant_weights = None if combiner.follows_text else combiner.weights(self._state())
         self._text = AnswerText(group.sampling.stop, strip_space=vocabulary.starts_with_space)
 
     @property
@@ -60,20 +63,20 @@ class Decoding:
 
     def hungry(self) -> list[Sequence]:
         """Rows whose logits the next step needs and that have tokens to be fed first."""
-        weights = self._group.combiner.weights(self._state())
+        weights = self._weights()
         return [
             row for row, weight in zip(self.rows, weights, strict=True) if weight and row.pending
         ]
 
-    def step(self) -> None:
-        """Combine, sample, deliver one chunk; to be called when nobody is hungry."""
+    def step(self) -> Chunk:
+        """Combine and sample; to be called when nobody is hungry."""
         logits = self._logits()
         log_probs, _ = self._group.combiner(logits, self._state())
         token = self._sampler.sample(log_probs)
         chunk = self._chunk(token, log_probs, logits)
         self._append(token, logits)
         self.finished = chunk.finish_reason is not None
-        self.deliver(chunk)
+        return chunk
 
     def cancel(self) -> None:
         """Nobody wants the answer any more; from any thread."""
@@ -83,6 +86,12 @@ class Decoding:
         """End the group with an error."""
         self.finished = True
         self.deliver(error)
+
+    def _weights(self) -> Seq[float]:
+        """Of every row in the next step."""
+        if self._constant_weights is not None:
+            return self._constant_weights
+        return self._group.combiner.weights(self._state())
 
     def _state(self) -> CombinerState:
         """Likelihoods are 0 where the combiner does not follow the text."""
@@ -98,6 +107,8 @@ class Decoding:
         """[rows, vocab]; zeros for rows that have tokens pending."""
         import torch
 
+        if len(self.rows) == 1 and self.rows[0].logits is not None:
+            return self.rows[0].logits[None]
         fed = next(row.logits for row in self.rows if row.logits is not None and not row.pending)
         return torch.stack(
             [
@@ -127,18 +138,24 @@ class Decoding:
 
     def _score(self, token: int, log_probs: Tensor, logits: Tensor) -> ScoredToken:
         piece = self._vocabulary.piece
-        values, ids = log_probs.topk(self._group.sampling.top_logprobs or 0)
-        top = tuple(
-            ScoredToken(index, piece(index), value)
-            for index, value in zip(ids.tolist(), values.tolist(), strict=True)
+        scored = ScoredToken(
+            token, piece(token), float(log_probs[token]), self._likeliest(log_probs)
         )
-        scored = ScoredToken(token, piece(token), float(log_probs[token]), top)
         if not self._group.attribution:
             return scored
         return replace(scored, attribution=self._attribution(token, logits))
 
+    def _likeliest(self, log_probs: Tensor) -> tuple[ScoredToken, ...]:
+        if not self._group.sampling.top_logprobs:
+            return ()
+        values, ids = log_probs.topk(self._group.sampling.top_logprobs)
+        return tuple(
+            ScoredToken(index, self._vocabulary.piece(index), value)
+            for index, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+
     def _attribution(self, token: int, logits: Tensor) -> Attribution:
-        weights = self._group.combiner.weights(self._state())
+        weights = self._weights()
         active = [index for index, weight in enumerate(weights) if weight]
         log_probs = _log_probs(logits, token)
         mean = sum(log_probs[index] for index in active) / len(active)

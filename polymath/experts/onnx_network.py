@@ -171,11 +171,10 @@ class OnnxNetwork:
         import torch
 
         rows, count = len(batch.tokens), len(batch.tokens[0])
-        joined = self._joined_for(batch.adapters)
-        binding = self._binding(batch.first_slot, rows, slots)
-        binding.use(joined)
         packs = max(rows * count // PACK, 1)
         tokens = rows * count // packs
+        binding = self._binding(batch.first_slot, rows, slots)
+        binding.use(self._joined_for(batch.adapters), batch.adapters, tokens)
         past = np.array(batch.past, dtype=np.int32)
         ends = np.arange(rows * count, dtype=np.int64).reshape(rows, count)
         ends = ends[:, (0 if batch.every else count - 1) if wanted else count :]
@@ -187,10 +186,6 @@ class OnnxNetwork:
             "longest": np.array([past.max() + count], dtype=np.int32),
             "wanted": ends.reshape(-1),
         }
-        for group in self._groups:
-            mask = joined.mask(group, batch.adapters).T
-            of_tokens = mask if count == 1 else mask.expand(-1, tokens)
-            inputs[f"mask.{group}"] = of_tokens.contiguous().numpy()
         logits = np.empty((ends.size, self._config.vocab_size), dtype=np.float32)
         binding.run(inputs, logits)
         return torch.from_numpy(logits).view(*ends.shape, logits.shape[1])
@@ -277,20 +272,29 @@ class _Binding:
         self._session = session
         self._binding: IOBinding = session.io_binding()
         self._joined: JoinedLora | None = None
+        self._masked: tuple[tuple[LoraWeights | None, ...], int] | None = None
+        self._masks: dict[str, Floats] = {}
         for kind, tensors in (("key", slots.keys), ("value", slots.values)):
             for layer, tensor in enumerate(tensors):
                 part = tensor[first : first + rows].numpy()
                 self._bind_input(f"past.{layer}.{kind}", part)
                 self._bind_output(f"present.{layer}.{kind}", part)
 
-    def use(self, joined: JoinedLora) -> None:
-        """Bind the low-rank factors."""
-        if joined is self._joined:
+    def use(self, joined: JoinedLora, adapters: Sequence[LoraWeights | None], tokens: int) -> None:
+        """Bind the low-rank factors, and the masks of a pack of so many tokens."""
+        if joined is not self._joined:
+            for part, factors in (("A", joined.down), ("B", joined.up)):
+                for site, tensor in factors.items():
+                    self._bind_input(f"{site}.{part}", tensor.numpy())
+            self._joined = joined
+        elif self._masked == (tuple(adapters), tokens):
             return
-        for part, factors in (("A", joined.down), ("B", joined.up)):
-            for site, tensor in factors.items():
-                self._bind_input(f"{site}.{part}", tensor.numpy())
-        self._joined = joined
+        self._masked = (tuple(adapters), tokens)
+        for group in joined.widths:
+            mask = joined.mask(group, adapters).T
+            of_tokens = mask if len(adapters) > 1 else mask.expand(-1, tokens)
+            self._masks[group] = of_tokens.contiguous().numpy()
+            self._bind_input(f"mask.{group}", self._masks[group])
 
     def run(self, inputs: Mapping[str, NDArray[Any]], logits: Floats) -> None:
         for name, values in inputs.items():

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from polymath.errors import PolymathError
 from polymath.experts.decoding import Decoding
+from polymath.experts.group import Chunk
 from polymath.experts.lora_model import Feed, LoraModel
 from polymath.experts.prefix_cache import PrefixCache
 from polymath.experts.scheduler import Scheduler
@@ -63,17 +64,29 @@ class RunningBatch:
         self.groups = [group for group in self.groups if not group.over]
 
     def step(self) -> None:
-        """Feed rows; then let every group whose rows are fed sample a token."""
+        """Feed rows; then let every group whose rows are fed sample a token.
+
+        What was sampled is delivered at the end, so that the event loop works on it while the next
+        step computes; prompts are kept after that, so that no first token waits for it.
+        """
         rows = [row for group in self.groups for row in _hungry(group)]
+        prompts: list[Sequence] = []
         for name in dict.fromkeys(row.base_model for row in rows):
-            self._feed(self._models[name], [row for row in rows if row.base_model == name])
+            of_model = [row for row in rows if row.base_model == name]
+            prompts += self._feed(self._models[name], of_model)
+        sampled: list[tuple[Decoding, Chunk]] = []
         for group in self.groups:
             if not _hungry(group) and not group.over:
                 with _ending(group):
-                    group.step()
-                    self.generated_tokens += 1
+                    sampled.append((group, group.step()))
+        self.generated_tokens += len(sampled)
+        for group, chunk in sampled:
+            group.deliver(chunk)
+        for row in prompts:
+            self._keep(row)
 
-    def _feed(self, model: LoraModel, rows: list[Sequence]) -> None:
+    def _feed(self, model: LoraModel, rows: list[Sequence]) -> list[Sequence]:
+        """Feed what the scheduler says; the rows whose prompts are complete with that."""
         feeds = self._scheduler.feeds(rows)
         try:
             model.forward(feeds)
@@ -81,11 +94,9 @@ class RunningBatch:
             logger.exception("a batch failed; its rows are fed one by one")
             for feed in feeds:
                 self._feed_alone(model, feed)
-        for feed in feeds:
-            if feed.count > 1:
-                self.prompt_tokens += feed.count
-                if not feed.sequence.pending:
-                    self._keep(feed.sequence)
+        prompts = [feed for feed in feeds if feed.count > 1]
+        self.prompt_tokens += sum(feed.count for feed in prompts)
+        return [feed.sequence for feed in prompts if not feed.sequence.pending]
 
     def _feed_alone(self, model: LoraModel, feed: Feed) -> None:
         if feed.sequence.pending < feed.before:
