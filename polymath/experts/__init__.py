@@ -21,6 +21,7 @@ from polymath.experts.combiner import (
 from polymath.experts.completion import Completion
 from polymath.experts.engine import Engine, EngineStats
 from polymath.experts.grammar import Grammar, GrammarKind, GrammarSpec
+from polymath.experts.graph_files import prepare_graph
 from polymath.experts.group import (
     Attribution,
     Chunk,
@@ -31,7 +32,6 @@ from polymath.experts.group import (
 )
 from polymath.experts.lora_model import LoraModel, runs_on_onnx
 from polymath.experts.model_files import prepare_base_model, weight_shapes
-from polymath.experts.onnx_network import prepare_graph
 from polymath.experts.plan import Plan, plan_answer, vocabulary_conflicts
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from polymath.experts.adapter_bank import AdapterBank
 from polymath.experts.grammar import GrammarCompiler
+from polymath.experts.graph_files import prepare_graph
 from polymath.experts.group import Row
 from polymath.experts.kv_slots import KvSlots
 from polymath.experts.lora_weights import read_weights
 from polymath.experts.model_files import weight_shapes
 from polymath.experts.network import Batch, Network
-from polymath.experts.onnx_network import OnnxNetwork, prepare_graph
+from polymath.experts.onnx_network import OnnxNetwork
 from polymath.experts.sequence import Sequence
 from polymath.experts.settings import EngineSettings
 from polymath.experts.torch_network import TorchNetwork

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from polymath.experts.int8 import BLOCK, quantise
 from polymath.experts.lora_weights import Site
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["BLOCK", "PACK", "graph_sites", "quantise", "supports", "write_graph"]
-
-BLOCK = 64
-"""Weights that share a scale and a zero point."""
+__all__ = ["PACK", "graph_sites", "supports", "write_graph"]
 
 INT8_ACTIVATIONS = 4
 """`accuracy_level` of MatMulNBits that multiplies int8 by int8."""
@@ -85,26 +83,6 @@ def graph_sites(config: PretrainedConfig) -> tuple[Site, ...]:
 
 def _attention_width(config: PretrainedConfig) -> int:
     return int(config.num_attention_heads * config.head_dim)
-
-
-def quantise(weight: Floats) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8]]:
-    """Round a matrix to 8 bits, `w = scale * (q - zero)`, in blocks along its input.
-
-    Args:
-        weight: [out, in]; `in` is a multiple of BLOCK.
-    Returns:
-        q [out, blocks, BLOCK], scale [out, blocks], zero [out, blocks].
-    """
-    import numpy as np
-
-    blocks = weight.reshape(weight.shape[0], -1, BLOCK)
-    low = np.minimum(blocks.min(-1), 0)
-    high = np.maximum(blocks.max(-1), 0)
-    scale = ((high - low) / 255).astype(np.float32)
-    scale[scale == 0] = 1.0
-    zero = np.rint(-low / scale)
-    codes = np.rint(blocks / scale[..., None]) + zero[..., None]
-    return codes.clip(0, 255).astype(np.uint8), scale, zero.astype(np.uint8)
 
 
 def write_graph(

@@ -7,119 +7,34 @@ nothing. ONNX Runtime's attention takes several rows of one token, or one row of
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymath.artifacts import Progress, cached_folder, file_key, no_progress
 from polymath.errors import ModelSourceError
+from polymath.experts.graph_files import GRAPH_FILE, ModelTensors, read_config
 from polymath.experts.kv_slots import CacheShape, KvSlots
 from polymath.experts.lora_weights import JoinedLora, LoraWeights, join
 from polymath.experts.network import Batch
-from polymath.experts.onnx_graph import PACK, graph_sites, supports, write_graph
+from polymath.experts.onnx_graph import PACK, graph_sites
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from onnxruntime import InferenceSession, IOBinding
     from torch import Tensor
-    from transformers import PretrainedConfig
 
     Floats = NDArray[np.float32]
 
-__all__ = ["OnnxNetwork", "prepare_graph", "read_config"]
-
-GRAPH_FILE = "decoder.onnx"
-GRAPH_VERSION = "int8-1"
-"""Changes when the graph does, so that a cached one of an older version is not used."""
+__all__ = ["OnnxNetwork"]
 
 KEPT_JOINS = 8
 """Sets of adapters whose joined factors are kept for the next batch of the same adapters."""
 
 LEAST_WIDTH = 2
 """Low-rank columns; ONNX Runtime sums a single one in another order than several."""
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The `config.json` of a Hugging Face folder."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder)
-
-
-def prepare_graph(folder: Path, progress: Progress = no_progress) -> Path | None:
-    """The cached int8 graph of a base model, quantised now if it is not there yet.
-
-    Args:
-        folder: Hugging Face folder.
-    Returns:
-        The graph's folder; None if the architecture is not known to the graph.
-    Raises:
-        ModelSourceError: the weights are incomplete, or the cache cannot be written.
-    """
-    config = read_config(folder)
-    if not supports(config):
-        return None
-    first = min(folder.glob("*.safetensors"))
-    key = f"models/{folder.name}-{GRAPH_VERSION}-{file_key(first).rpartition('-')[2]}"
-    return cached_folder(key, partial(_quantise, config, folder, progress))
-
-
-def _quantise(config: PretrainedConfig, folder: Path, progress: Progress, target: Path) -> None:
-    progress(f"{folder.name}: quantising to int8", 0, 1)
-    try:
-        write_graph(config, _Weights(folder), _rotary(config), target / GRAPH_FILE)
-    except KeyError as error:
-        raise ModelSourceError(f"{folder}: the tensor {error} is missing") from error
-    progress(f"{folder.name}: quantised", 1, 1)
-
-
-class _Weights(Mapping[str, "Floats"]):
-    """The tensors of a Hugging Face folder as float32, each read when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Any] = {
-            name: tensors
-            for file in sorted(folder.glob("*.safetensors"))
-            for tensors in [_opened(file)]
-            for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
-        }
-
-    def tensor(self, name: str) -> Tensor:
-        """As it is stored; its pages are read when they are used."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-    def __getitem__(self, name: str) -> Floats:
-        values: Floats = self.tensor(name).float().numpy()
-        return values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(file, framework="pt")
-
-
-def _rotary(config: PretrainedConfig) -> tuple[Floats, Floats]:
-    """Cosines and sines of every position, [positions, head_dim / 2] (RoFormer, Su et al. 2021)."""
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    embedding = LlamaRotaryEmbedding(config)
-    positions = torch.arange(config.max_position_embeddings).double()
-    angles = torch.outer(positions, embedding.inv_freq.double())
-    scale = embedding.attention_scaling
-    return (angles.cos() * scale).float().numpy(), (angles.sin() * scale).float().numpy()
 
 
 class OnnxNetwork:
@@ -147,7 +62,7 @@ class OnnxNetwork:
             device=torch.device("cpu"),
         )
         self._config = config
-        self._embeddings = _Weights(folder).tensor("model.embed_tokens.weight")
+        self._embeddings = ModelTensors(folder).tensor("model.embed_tokens.weight")
         self._width = self.sites[1].inputs
         self._session = _session(graph, threads)
         self._groups = tuple(dict.fromkeys(site.group for site in self.sites))

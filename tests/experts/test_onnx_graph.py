@@ -20,7 +20,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from polymath.experts.onnx_graph import BLOCK, graph_sites, quantise, supports
+from polymath.experts.int8 import BLOCK, quantise
+from polymath.experts.onnx_graph import graph_sites, supports
 
 Floats = NDArray[np.float32]
 
