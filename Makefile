@@ -57,9 +57,9 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-quality bench-scaling bench-speed ## all benchmarks
+bench: bench-experts bench-router bench-quality bench-profile bench-scaling bench-speed ## all benchmarks
 
-.PHONY: bench-experts bench-router bench-quality bench-scaling bench-speed
+.PHONY: bench-experts bench-router bench-quality bench-profile bench-scaling bench-speed
 DATA ?= ../shared/data
 
 bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder LIMIT=rows)
@@ -70,6 +70,9 @@ bench-router: $(VENV)/dev.installed ## accuracy, calibration and latency of the 
 
 bench-quality: $(VENV)/dev.installed ## perplexity of the int8 path against float32 (DATA=folder LIMIT=rows)
 	$(BIN)/python -m bench.quality --data $(DATA)/experts $(if $(LIMIT),--limit $(LIMIT))
+
+bench-profile: $(VENV)/dev.installed ## where the time of one decode step goes
+	$(BIN)/python -m bench.profile_step
 
 bench-scaling: $(VENV)/dev.installed ## tokens/s for 1 to 16 rows and 1 to 64 loaded adapters
 	$(BIN)/python -m bench.scaling

@@ -273,7 +273,7 @@ class _Graph:
         from onnx import helper
 
         names = [outputs] if isinstance(outputs, str) else list(outputs)
-        self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
+        self._nodes.append(helper.make_node(kind, list(inputs), names, names[0], **attributes))
         return names[0]
 
     def _constant(self, name: str, values: NDArray[Any]) -> None:

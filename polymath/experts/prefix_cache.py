@@ -35,20 +35,16 @@ class PrefixCache:
 
     Attributes:
         queried, hit: tokens of all lookups, and those of them that were found.
+        tokens: of all entries.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        self.queried = self.hit = 0
+        self.queried = self.hit = self.tokens = 0
         self.max_tokens = max_tokens
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all entries."""
-        return sum(len(entry.tokens) for entry in self._entries.values())
 
     def longest(self, owner: Hashable, tokens: Sequence[int]) -> Tensor | None:
         """What is saved of the longest beginning of a prompt, its last two tokens left out.
@@ -90,10 +86,14 @@ class PrefixCache:
         entry = _Entry(owner, np.array(tokens, dtype=np.int64), saved)
         for key, other in list(self._entries.items()):
             if other.owner == owner and _common(other.tokens, entry.tokens) == len(other.tokens):
-                del self._entries[key]
+                self._drop(key)
         self._entries[id(entry)] = entry
+        self.tokens += len(entry.tokens)
         while self.tokens > self.max_tokens:
-            self._entries.popitem(last=False)
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: int) -> None:
+        self.tokens -= len(self._entries.pop(key).tokens)
 
 
 def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:

@@ -217,3 +217,12 @@ def test_several_threads_read_an_adapter_once(tmp_path: Path) -> None:
     assert reads == ["math"]
     assert len(found) == 8
     assert len(set(map(id, found))) == 1
+
+
+def test_an_adapter_of_a_module_that_the_network_leaves_out_is_refused(shelf: Shelf) -> None:
+    """Else it would answer as the base model does, without a word."""
+    folder = write_adapter(shelf.folder / "math")
+    bank = AdapterBank(BASE, shelf._read, 4, modules=())
+    with pytest.raises(AdapterError, match="cannot be adapted on the int8 path"):
+        bank.add("math", folder)
+    assert bank.names == ()
