@@ -124,16 +124,14 @@ class OnnxNetwork:
         return self._joined[members]
 
     def _join(self, members: frozenset[LoraWeights]) -> JoinedLora:
-        """With a column of zeros for every site that no member changes."""
-        import torch
-
+        """With columns of zeros where no member changes a site, or too few do."""
         joined = join(members or (self._nothing,), self.sites)
         widths = {group: max(joined.widths.get(group, 0), LEAST_WIDTH) for group in self._groups}
-        down, up = dict(joined.down), dict(joined.up)
+        down, up = {}, {}
         for site in self.sites:
-            if site.name not in down:
-                down[site.name] = torch.zeros(widths[site.group], site.inputs)
-                up[site.name] = torch.zeros(widths[site.group], sum(site.outputs))
+            width, outputs = widths[site.group], sum(site.outputs)
+            down[site.name] = _padded(joined.down.get(site.name), (width, site.inputs))
+            up[site.name] = _padded(joined.up.get(site.name), (width, outputs))
         return JoinedLora(joined.members, widths, down, up)
 
     def _binding(self, first: int, rows: int, slots: KvSlots) -> _Binding:
@@ -144,6 +142,18 @@ class OnnxNetwork:
         if key not in self._bindings:
             self._bindings[key] = _Binding(self._session, slots, first, rows)
         return self._bindings[key]
+
+
+def _padded(factor: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """A low-rank factor with rows of zeros up to a shape; zeros for none."""
+    import torch
+
+    if factor is not None and factor.shape == shape:
+        return factor
+    padded = torch.zeros(shape)
+    if factor is not None:
+        padded[: len(factor)] = factor
+    return padded
 
 
 def _pieces(batch: Batch) -> list[Batch]:

@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from polymath.experts import (
@@ -32,6 +35,7 @@ from polymath.experts import (
     WeightedLogits,
     adapters_on,
     render_chat,
+    weight_shapes,
 )
 from polymath.experts.lora_model import Feed
 from polymath.experts.sequence import Sequence as RowInProgress
@@ -179,6 +183,56 @@ def test_a_mixed_batch_gives_every_row_what_it_gets_alone(model: LoraModel) -> N
         for step, expected in enumerate(of_row):
             difference = (together[step][index] - expected).abs().max().item()
             assert difference <= tolerance(model), f"row {index} ({kinds[index]}), step {step}"
+
+
+def random_adapter(folder: Path, model: LoraModel, rank: int, targets: tuple[str, ...]) -> Path:
+    """A PEFT folder whose adapter changes some projections of every layer, and visibly so."""
+    generator = torch.Generator().manual_seed(rank)
+    shapes = weight_shapes(Path(model.tokenizer.name_or_path))
+    tensors = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module.endswith(targets):
+            prefix = f"base_model.model.{module}"
+            a = torch.randn(rank, shape[1], generator=generator) / shape[1] ** 0.5
+            b = torch.randn(shape[0], rank, generator=generator) / 40
+            tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_adapters_of_other_ranks_and_modules_share_a_batch(
+    engine: Engine, float_model: LoraModel, tmp_path: Path
+) -> None:
+    """Bit for bit what each gets alone on int8, and close to what float32 gives."""
+    fast = engine.models["smollm2"]
+    kinds = {"narrow": (1, ("v_proj",)), "wide": (40, ("q_proj", "o_proj", "down_proj", "up_proj"))}
+    names = [*kinds, "math", None]
+    for name, (rank, targets) in kinds.items():
+        folder = random_adapter(tmp_path / name, fast, rank, targets)
+        fast.adapters.add(name, folder)
+        float_model.adapters.add(name, folder)
+    try:
+        found = {}
+        for kind, model in (("int8", fast), ("float32", float_model)):
+            rows = [started(model, name, PROMPTS[3]) for name in names]
+            found[kind] = stepped(model, rows, 100)
+            released(model, rows)
+        for name, together in zip(names, found["int8"], strict=True):
+            one = started(fast, name, PROMPTS[3])
+            assert torch.equal(stepped(fast, [one], 100)[0], together), name
+            released(fast, [one])
+    finally:
+        for name in kinds:
+            fast.adapters.remove(name)
+            float_model.adapters.remove(name)
+    for fine, coarse in zip(found["float32"], found["int8"], strict=True):
+        assert torch.corrcoef(torch.stack([fine, coarse]))[0, 1] > 0.995
+    bare = found["float32"][-1]
+    assert all((changed - bare).abs().max() > 0.1 for changed in found["float32"][:-1])
 
 
 async def test_sampled_answers_do_not_depend_on_the_company(exact: Engine) -> None:
