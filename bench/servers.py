@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def polymath_server(config: Path) -> Iterator[str]:
     """`polymath serve` on a free port; its URL."""
     port = _free_port()
     command = [str(Path(sys.executable).with_name("polymath")), "serve", "-c", str(config)]
-    with _running([*command, "--port", str(port)], {}):
+    with _running([*command, "--port", str(port)]):
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/readyz")
         yield url
@@ -58,7 +57,7 @@ def llama_server(python: Path, model: Path, adapter: Path | None, threads: int) 
     command += ["--port", str(port), "--n_ctx", "2048", "--n_threads", str(threads)]
     command += ["--n_threads_batch", str(threads)]
     command += ["--lora_path", str(adapter)] if adapter else []
-    with _running(command, {}):
+    with _running(command):
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/v1/models")
         yield url
@@ -84,10 +83,9 @@ def read_stream(url: str, body: dict[str, Any]) -> Stream:
 
 
 @contextmanager
-def _running(command: Sequence[str], environ: dict[str, str]) -> Iterator[None]:
+def _running(command: Sequence[str]) -> Iterator[None]:
     process = subprocess.Popen(
         command,
-        env={**os.environ, **environ},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

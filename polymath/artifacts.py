@@ -13,8 +13,12 @@ import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polymath.errors import ModelSourceError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 __all__ = [
     "PACKAGE_PREFIX",
@@ -23,6 +27,7 @@ __all__ = [
     "cached_folder",
     "file_key",
     "no_progress",
+    "open_graph",
     "package_files",
 ]
 
@@ -94,6 +99,28 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
             "free some space or point POLYMATH_CACHE at a writable folder"
         ) from error
     return target
+
+
+def open_graph(file: Path, threads: int | None, remedy: str) -> "InferenceSession":
+    """An ONNX graph of the cache on the CPU.
+
+    Args:
+        threads: of one operation; None is all cores.
+        remedy: what happens when its folder is deleted.
+    Raises:
+        ModelSourceError: it is missing or corrupt.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common type
+        raise ModelSourceError(
+            f"{file.parent}: {file.name} cannot be used ({error}); delete that folder and {remedy}"
+        ) from error
 
 
 def _build_whole(target: Path, build: Callable[[Path], None]) -> None:

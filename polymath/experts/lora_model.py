@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from polymath.experts.adapter_bank import AdapterBank
 from polymath.experts.grammar import GrammarCompiler
-from polymath.experts.graph_files import prepare_graph
+from polymath.experts.graph_files import prepare_graph, read_config
 from polymath.experts.group import Row
 from polymath.experts.kv_slots import KvSlots
 from polymath.experts.lora_weights import read_weights
@@ -57,11 +57,11 @@ class LoraModel:
         settings: EngineSettings,
         max_model_len: int | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.vocabulary = Vocabulary(self.tokenizer)
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = read_config(folder).get_text_config()
         self.context_length = max_model_len or int(config.max_position_embeddings)
         self.eos_ids = _eos_ids(folder, self.tokenizer.eos_token_id)
         self.grammars = GrammarCompiler(self.tokenizer, self.eos_ids)

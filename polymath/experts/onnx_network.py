@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polymath.errors import ModelSourceError
+from polymath.artifacts import open_graph
 from polymath.experts.graph_files import GRAPH_FILE, ModelTensors, read_config
 from polymath.experts.kv_slots import CacheShape, KvSlots
 from polymath.experts.lora_weights import JoinedLora, LoraWeights, join
@@ -64,7 +64,7 @@ class OnnxNetwork:
         self._config = config
         self._embeddings = ModelTensors(folder).tensor("model.embed_tokens.weight")
         self._width = self.sites[1].inputs
-        self._session = _session(graph, threads)
+        self._session = open_graph(graph / GRAPH_FILE, threads, "it is quantised again")
         self._groups = tuple(dict.fromkeys(site.group for site in self.sites))
         self._nothing = LoraWeights("", dict.fromkeys(self._groups, LEAST_WIDTH), {}, {})
         self._joined: OrderedDict[frozenset[LoraWeights], JoinedLora] = OrderedDict()
@@ -232,22 +232,3 @@ class _Binding:
 
     def _bind_output(self, name: str, values: NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, values.dtype, values.shape, values.ctypes.data)
-
-
-def _session(graph: Path, threads: int | None) -> InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    # between two steps the cores belong to the sampler and the event loop
-    # options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return onnxruntime.InferenceSession(
-            graph / GRAPH_FILE, options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime's exceptions have no common type
-        raise ModelSourceError(
-            f"{graph}: {GRAPH_FILE} cannot be used ({error}); "
-            "delete that folder and it is quantised again"
-        ) from error

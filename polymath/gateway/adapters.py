@@ -25,8 +25,8 @@ class AdapterUpdates:
         """Make an adapter an expert at once; its weights are read when it is first asked.
 
         Raises:
-            InvalidRequest: the name is taken, or the adapter cannot be used.
-            ModelNotFound: there is no such base model.
+            InvalidRequest: the name is taken, the adapter cannot be used, or there is no such base
+                model.
         """
         name = request.lora_name
         if name in ROUTED_MODELS or (name in self._catalog and name not in self._added):

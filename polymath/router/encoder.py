@@ -16,6 +16,7 @@ from polymath.artifacts import (
     cached_folder,
     file_key,
     no_progress,
+    open_graph,
     package_files,
 )
 from polymath.errors import ModelSourceError
@@ -23,7 +24,6 @@ from polymath.errors import ModelSourceError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
 
 __all__ = ["MAX_TOKENS", "SentenceEncoder", "locate_encoder", "prepare_encoder"]
@@ -50,7 +50,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
-        self._session = _session(folder, threads)
+        self._session = open_graph(folder / MODEL_FILE, threads, "the encoder is exported again")
         self._tokenizer = _tokenizer(folder)
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._tokenizer.enable_padding()
@@ -108,23 +108,6 @@ def prepare_encoder(source: str, progress: Progress = no_progress) -> Path:
 def _readable(text: str) -> str:
     """The text as the tokenizer can take it: bounded, without lone surrogates."""
     return text[:MAX_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
-
-
-def _session(folder: Path, threads: int) -> InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    try:
-        return onnxruntime.InferenceSession(
-            folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # onnxruntime's exceptions have no common type
-        raise ModelSourceError(
-            f"{folder}: {MODEL_FILE} cannot be used ({error}); "
-            "delete that folder and the encoder is exported again"
-        ) from error
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
