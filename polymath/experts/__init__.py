@@ -32,7 +32,7 @@ from polymath.experts.group import (
 )
 from polymath.experts.lora_model import LoraModel, runs_on_onnx
 from polymath.experts.model_files import prepare_base_model, weight_shapes
-from polymath.experts.plan import Plan, plan_answer, vocabulary_conflicts
+from polymath.experts.plan import Plan, plan_answer, plan_together, vocabulary_conflicts
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
@@ -86,6 +86,7 @@ __all__ = [
     "frame_conversation",
     "load_models",
     "plan_answer",
+    "plan_together",
     "posterior_weights",
     "prepare_base_model",
     "prepare_graph",

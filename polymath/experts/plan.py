@@ -21,7 +21,7 @@ from polymath.experts.lora_model import LoraModel
 from polymath.experts.settings import ExpertSettings
 from polymath.experts.vocabulary import Vocabulary
 
-__all__ = ["Plan", "plan_answer", "vocabulary_conflicts"]
+__all__ = ["Plan", "plan_answer", "plan_together", "vocabulary_conflicts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,27 @@ def plan_answer(
         raise ModelNotFound(f"The expert {gone[0]!r} is not loaded any more.", param="model")
     rows = tuple(expert_row(catalog[name], models, messages) for name in names)
     return Plan(names, rows, combiner)
+
+
+def plan_together(
+    catalog: Mapping[str, Expert],
+    models: Mapping[str, LoraModel],
+    messages: Sequence[Message],
+    weights: Mapping[str, float],
+    posterior: bool,
+) -> Plan:
+    """The plan by which several experts answer as one.
+
+    Args:
+        weights: of experts of one model each, which share a vocabulary.
+        posterior: whether the weights follow the text (DEMix) or stay as they are.
+    Raises:
+        InvalidRequest: a chat template refuses the conversation.
+    """
+    total = sum(weights.values())
+    shares = tuple(weight / total for weight in weights.values())
+    rows = tuple(expert_row(catalog[name], models, messages) for name in weights)
+    return Plan(tuple(weights), rows, Posterior(shares) if posterior else Mixture(shares))
 
 
 def vocabulary_conflicts(

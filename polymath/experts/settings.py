@@ -145,6 +145,12 @@ class ExpertSettings(Section):
         default=(),
         description="Router domains that this expert answers; by default its own name.",
     )
+    examples: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        max_length=200,
+        description="Prompts (5 to 20) by which the router knows the expert's first domain "
+        "without training.",
+    )
     system_prompt: str | None = Field(
         default=None, description="Put before the client's own system message."
     )

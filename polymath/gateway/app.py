@@ -180,7 +180,7 @@ def _add_endpoints(app: FastAPI) -> None:
 
 async def chat_completions(body: ChatRequest, request: Request, gateway: Shared) -> Response:
     """Answer a conversation, whole or as a stream."""
-    answer = await gateway.service.answer(body)
+    answer = await gateway.service.answer(body, request.headers)
     logger.info(
         "%s answers (%s, confidence %.2f) for user %s, metadata %s",
         answer.expert.name,
@@ -202,10 +202,10 @@ async def chat_completions(body: ChatRequest, request: Request, gateway: Shared)
     return _json(whole, headers=headers)
 
 
-async def route(body: RouteRequest, gateway: Shared) -> Response:
+async def route(body: RouteRequest, request: Request, gateway: Shared) -> Response:
     """The decision alone, without generation."""
     decision = await asyncio.to_thread(
-        decide, body.model, body.conversation(), gateway.catalog, gateway.router
+        decide, body.model, body.conversation(), gateway.catalog, gateway.router, request.headers
     )
     return _json(decision.to_dict(), headers=decision_headers(decision))
 

@@ -283,6 +283,10 @@ def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     if settings.router.fallback not in [*bases, *experts]:
         hint = _suggestion(settings.router.fallback, experts)
         yield ("router", "fallback"), f"no expert {settings.router.fallback!r}{hint}"
+    for index, rule in enumerate(settings.router.rules):
+        if rule.expert not in [*bases, *experts]:
+            hint = _suggestion(rule.expert, experts)
+            yield ("router", "rules", index, "expert"), f"no expert {rule.expert!r}{hint}"
     if not settings.router.path.is_dir():
         yield ("router", "path"), _missing_folder(settings.router.path)
 

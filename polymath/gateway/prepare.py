@@ -1,6 +1,6 @@
 """Everything that must be in order before the server listens: models on disk, adapters, router."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,7 +70,7 @@ def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
     problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, shapes)]
     problems += [config.problem(*problem) for problem in _conflicts(config.settings, folders)]
     try:
-        router = open_router(config, progress)
+        router = open_router(config)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -78,17 +78,17 @@ def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
     return Prepared(config, folders, router)
 
 
-def open_router(config: ConfigFile, progress: Progress = no_progress) -> Router:
+def open_router(config: ConfigFile) -> Router:
     """The router of a config; enough for routing without any base model.
 
     Raises:
-        ConfigError: its folder or encoder cannot be used.
+        ConfigError: its folder cannot be used.
     """
+    settings = config.settings
     try:
-        return build_router(config.settings.router, config.settings.domains(), progress)
+        return build_router(settings.router, settings.domains(), settings.examples())
     except (RouterArtifactError, ModelSourceError) as error:
-        key = "encoder" if isinstance(error, ModelSourceError) else "path"
-        raise ConfigError([config.problem(("router", key), error.message)]) from error
+        raise ConfigError([config.problem(("router", "path"), error.message)]) from error
 
 
 def _unfit_adapters(settings: Settings, shapes: dict[str, Shapes]) -> Iterator[tuple[KeyPath, str]]:
@@ -112,3 +112,20 @@ def _conflicts(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[K
     catalog = build_catalog(settings.base_models, settings.experts)
     for name, message in vocabulary_conflicts(catalog, vocabulary_of):
         yield ("experts", name), message
+    if settings.router.combine != "select":
+        yield from _uncombinable(settings, vocabulary_of)
+
+
+def _uncombinable(
+    settings: Settings, vocabulary_of: Callable[[str], Vocabulary]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Whether the router may let any two experts answer together."""
+    bases = [e.base_model for e in settings.experts.values() if e.base_model is not None]
+    first, *others = dict.fromkeys(bases) or [""]
+    for other in others:
+        if vocabulary_of(first) != vocabulary_of(other):
+            message = (
+                f"the base models {first} and {other} have different vocabularies, so that their "
+                "experts cannot answer together; use `select`"
+            )
+            yield ("router", "combine"), message

@@ -17,6 +17,7 @@ from polymath.experts import (
     build_catalog,
     load_models,
     plan_answer,
+    plan_together,
 )
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest
@@ -73,13 +74,17 @@ class ChatService:
         self._router = router
         self._settings = settings
 
-    async def answer(self, request: ChatRequest) -> Answer:
+    async def answer(
+        self, request: ChatRequest, headers: Mapping[str, str] | None = None
+    ) -> Answer:
         """Route the request and start answering it.
 
+        Args:
+            headers: of the HTTP request, for the router's rules.
         Raises:
             ModelNotFound, InvalidRequest, ContextLengthExceeded, Overloaded: as their names say.
         """
-        answering = await asyncio.to_thread(self._prepare, request)
+        answering = await asyncio.to_thread(self._prepare, request, headers or {})
         groups = [
             DecodeGroup(
                 answering.plan.rows,
@@ -92,15 +97,24 @@ class ChatService:
         completions = self.engine.submit(groups)
         return Answer(answering.decision, answering.expert, answering.plan, completions)
 
-    def _prepare(self, request: ChatRequest) -> _Prepared:
+    def _prepare(self, request: ChatRequest, headers: Mapping[str, str]) -> _Prepared:
         messages: list[Message] = [*request.conversation()]
-        decision = decide(request.model, messages, self._catalog, self._router)
+        decision = decide(request.model, messages, self._catalog, self._router, headers)
         expert = self._catalog[decision.expert]
+        plan = self._plan(decision, expert, messages)
+        return _Prepared(decision, expert, plan, self._sampling(request, expert, plan))
+
+    def _plan(self, decision: RouteDecision, expert: Expert, messages: Sequence[Message]) -> Plan:
+        catalog, models = self._catalog, self.engine.models
         weights = decision.weights
+        if decision.combine != "select":
+            rows = {name: w for name, w in weights.items() if not catalog[name].settings.parts()}
+            if decision.expert in rows and len(rows) > 1:
+                posterior = decision.combine == "posterior"
+                return plan_together(catalog, models, messages, rows, posterior)
         if decision.source == "explicit" and expert.settings.weighs_by_router:
             weights = self._router.route(messages).weights
-        plan = plan_answer(expert, self._catalog, self.engine.models, messages, weights)
-        return _Prepared(decision, expert, plan, self._sampling(request, expert, plan))
+        return plan_answer(expert, catalog, models, messages, weights)
 
     def _sampling(self, request: ChatRequest, expert: Expert, plan: Plan) -> SamplingParams:
         """The request's values, else the expert's, else the defaults of OpenAI."""
@@ -169,7 +183,11 @@ def open_service(prepared: Prepared, catalog: dict[str, Expert] | None = None) -
 
 
 def decide(
-    model: str, messages: Sequence[Message], catalog: Mapping[str, Expert], router: Router
+    model: str,
+    messages: Sequence[Message],
+    catalog: Mapping[str, Expert],
+    router: Router,
+    headers: Mapping[str, str] | None = None,
 ) -> RouteDecision:
     """The router's decision for a routed model name; otherwise the expert that is named.
 
@@ -177,7 +195,7 @@ def decide(
         ModelNotFound: no expert, base model or routed name is called so.
     """
     if model in ROUTED_MODELS:
-        return router.route(messages)
+        return router.route(messages, headers)
     expert = catalog.get(model)
     if expert is None:
         raise ModelNotFound(

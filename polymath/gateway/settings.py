@@ -72,10 +72,7 @@ class Settings(BaseModel):
             name: base.model_copy(update={"model": _located_source(base.model, root)})
             for name, base in self.base_models.items()
         }
-        encoder = self.router.encoder and _located_source(self.router.encoder, root)
-        router = self.router.model_copy(
-            update={"path": root / self.router.path, "encoder": encoder}
-        )
+        router = self.router.model_copy(update={"path": root / self.router.path})
         return self.model_copy(update={"experts": experts, "base_models": bases, "router": router})
 
     def domains(self) -> dict[str, str]:
@@ -84,6 +81,14 @@ class Settings(BaseModel):
             domain: name
             for name, expert in self.experts.items()
             for domain in expert.domains_of(name)
+        }
+
+    def examples(self) -> dict[str, tuple[str, ...]]:
+        """Router domain -> prompts by which the config makes it known."""
+        return {
+            expert.domains_of(name)[0]: expert.examples
+            for name, expert in self.experts.items()
+            if expert.examples
         }
 
 

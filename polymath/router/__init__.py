@@ -2,26 +2,46 @@
 
 from polymath.router.artifact import Reference, RouterArtifact, RouterCard
 from polymath.router.build import build_router
-from polymath.router.decision import Message, Neighbour, RouteDecision, Router, Source, Why
-from polymath.router.encoder import SentenceEncoder, prepare_encoder
-from polymath.router.encoder_router import Encoder, EncoderRouter, calibrated
+from polymath.router.decision import (
+    Combine,
+    Message,
+    Neighbour,
+    RouteDecision,
+    Router,
+    Source,
+    Why,
+)
+from polymath.router.encoder import MAX_TOKENS, SentenceEncoder, head_and_tail, open_tokenizer
+from polymath.router.encoder_export import export_encoder, locate_encoder
+from polymath.router.encoder_router import EncoderRouter, calibrated
+from polymath.router.micro_batch import Encoder
+from polymath.router.policy import Policy
+from polymath.router.rules import Rule, RuleSettings
 from polymath.router.settings import RouterSettings
 
 __all__ = [
+    "MAX_TOKENS",
+    "Combine",
     "Encoder",
     "EncoderRouter",
     "Message",
     "Neighbour",
+    "Policy",
     "Reference",
     "RouteDecision",
     "Router",
     "RouterArtifact",
     "RouterCard",
     "RouterSettings",
+    "Rule",
+    "RuleSettings",
     "SentenceEncoder",
     "Source",
     "Why",
     "build_router",
     "calibrated",
-    "prepare_encoder",
+    "export_encoder",
+    "head_and_tail",
+    "locate_encoder",
+    "open_tokenizer",
 ]

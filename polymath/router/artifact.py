@@ -1,7 +1,8 @@
-"""The router folder: a linear head on a frozen encoder, its calibration, and example prompts.
+"""The router folder: an encoder, a head over its vectors, calibration, and example prompts.
 
-`router.json` says what the numbers mean, `head.safetensors` holds them, `references.jsonl` holds
-the prompts that a decision can point at.
+`model.onnx` and `tokenizer.json` are the encoder, `router.json` says what the numbers mean,
+`head.safetensors` holds them, `references.jsonl` holds the prompts that a decision can point at.
+It is complete: onnxruntime and tokenizers read it, neither torch nor transformers is needed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from polymath.errors import RouterArtifactError
+from polymath.router.encoder import MAX_TOKENS, MODEL_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reference", "RouterArtifact", "RouterCard"]
 
-FORMAT = 1
+FORMAT = 2
 CARD_FILE = "router.json"
 HEAD_FILE = "head.safetensors"
 REFERENCES_FILE = "references.jsonl"
@@ -35,13 +37,21 @@ class RouterCard(BaseModel):
 
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     encoder: str
+    """Where the encoder came from."""
+    finetuned: bool = False
+    max_tokens: int = Field(default=MAX_TOKENS, ge=8)
     labels: tuple[str, ...] = Field(min_length=2)
     temperature: float = Field(gt=0)
+    out_of_scope: float | None = Field(default=None, gt=0, le=1)
+    """From this probability on a prompt is of no domain; None if the head has no row for that."""
     data_sha256: str
     rows: Mapping[str, int]
     """Training prompts by source."""
     metrics: Mapping[str, float]
-    """Measured out of fold on the training data."""
+    """Measured on prompts that were held out."""
+    left_out: Mapping[str, float] = Field(default_factory=dict)
+    """Accuracy on each data set when it was left out of training."""
+    recipe: Mapping[str, Any] = Field(default_factory=dict)
     licence: str = ""
 
     @field_validator("labels")
@@ -64,10 +74,11 @@ class Reference(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class RouterArtifact:
-    """The folder in memory.
+    """The folder in memory, but for its encoder.
 
     Attributes:
-        weight: [labels, dimensions]; bias: [labels]: logits of the labels before calibration.
+        weight: [labels, dimensions], with one more row for "none of them" if the card has an
+            `out_of_scope` probability; bias: of the same rows. They give logits.
         vectors: [references, dimensions], unit length, in the order of `references`.
     """
 
@@ -87,7 +98,7 @@ class RouterArtifact:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        for name in (CARD_FILE, HEAD_FILE, REFERENCES_FILE):
+        for name in (CARD_FILE, HEAD_FILE, REFERENCES_FILE, MODEL_FILE, TOKENIZER_FILE):
             if not (folder / name).is_file():
                 raise RouterArtifactError(
                     f"{folder / name}: missing; train a router with `polymath train router`"
@@ -116,7 +127,7 @@ class RouterArtifact:
         return artifact
 
     def save(self, folder: Path) -> None:
-        """Write the folder; `router.json` comes last, so that half a router is never loaded."""
+        """Write all but the encoder; `router.json` comes last, so that no half router is loaded."""
         import numpy as np
         from safetensors.numpy import save_file
 
@@ -142,10 +153,11 @@ class RouterArtifact:
 
     def _check_shapes(self, folder: Path) -> None:
         labels = len(self.card.labels)
+        rows = labels + (self.card.out_of_scope is not None)
         if (
             self.weight.ndim != 2
-            or self.weight.shape[0] != labels
-            or self.bias.shape != (labels,)
+            or self.weight.shape[0] != rows
+            or self.bias.shape != (rows,)
             or self.vectors.shape != (len(self.references), self.dimensions)
         ):
             raise RouterArtifactError(

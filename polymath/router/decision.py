@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-__all__ = ["Message", "Neighbour", "RouteDecision", "Router", "Source", "Why"]
+__all__ = ["Combine", "Message", "Neighbour", "RouteDecision", "Router", "Source", "Why"]
 
 Message = Mapping[str, str]
 """One turn in Hugging Face's chat format: `role` and `content`."""
 
 Source = Literal["encoder", "gradient", "rule", "explicit", "sticky", "fallback"]
+
+Combine = Literal["select", "ensemble", "posterior"]
+"""Who answers: the expert of the largest weight, or all of them by the engine's combiners."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +27,19 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """What a decision rests on: domain probabilities and the nearest training prompts."""
+    """What a decision rests on.
+
+    Attributes:
+        domains: calibrated probabilities of the domains, the likeliest first.
+        nearest: the training prompts most like the last user turn.
+        out_of_scope: probability that the last user turn belongs to no domain by itself.
+        rule: name of the rule that matched.
+    """
 
     domains: Mapping[str, float] = field(default_factory=dict)
     nearest: tuple[Neighbour, ...] = ()
+    out_of_scope: float | None = None
+    rule: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,7 @@ class RouteDecision:
         confidence: calibrated probability that `domain` is right.
         domain: the likeliest domain; None where no router was asked.
         source: what decided.
+        combine: whether the experts of `weights` answer together.
     """
 
     weights: Mapping[str, float]
@@ -47,6 +60,7 @@ class RouteDecision:
     source: Source
     why: Why = Why()
     latency_ms: float = 0.0
+    combine: Combine = "select"
 
     @property
     def expert(self) -> str:
@@ -61,6 +75,12 @@ class RouteDecision:
 class Router(Protocol):
     """Reads a conversation and says who should answer it."""
 
-    def route(self, messages: Sequence[Message]) -> RouteDecision:
-        """The decision for the last user turn of `messages`; never raises on any text."""
+    def route(
+        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+    ) -> RouteDecision:
+        """The decision for the last user turn of `messages`; never raises on any text.
+
+        Args:
+            headers: of the HTTP request, with names in lower case.
+        """
         ...

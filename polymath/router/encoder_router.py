@@ -1,41 +1,50 @@
-"""A router that reads the last user turn with a sentence encoder and a linear head."""
+"""A router that reads the user turns with a sentence encoder and a linear head."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from polymath.errors import RouterArtifactError
-from polymath.router.artifact import RouterArtifact
-from polymath.router.decision import Message, Neighbour, RouteDecision, Source, Why
+from polymath.router.artifact import Reference, RouterArtifact
+from polymath.router.conversation import Reading, belief, user_turns
+from polymath.router.decision import Message, Neighbour, RouteDecision, Why
+from polymath.router.micro_batch import Encoder, MicroBatcher
+from polymath.router.policy import Policy
+from polymath.router.prototypes import Prototypes
+from polymath.router.rules import Rule, first_match
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Encoder", "EncoderRouter", "calibrated"]
+__all__ = ["EncoderRouter", "calibrated"]
 
 NEAREST = 3
 """Training prompts that a decision points at."""
 
+TURNS = 4
+"""User turns that a decision looks back on."""
 
-class Encoder(Protocol):
-    """Texts to unit vectors."""
+SHOWN_DOMAINS = 10
+"""The likeliest domains that a decision shows."""
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[texts, dimensions]"""
-        ...
+TINY = 1e-12
 
 
 class EncoderRouter:
-    """Last user turn -> unit vector -> calibrated domain probabilities -> weights over experts.
+    """User turns -> unit vectors -> calibrated domain probabilities -> weights over experts.
 
     Args:
         artifact: the trained head.
         encoder: the encoder that the head was trained on.
-        experts: domain -> expert that answers it; other domains belong to the fallback.
-        fallback: expert for what is below `min_confidence`.
+        policy: which expert owns a domain, and what happens when the router is unsure.
+        examples: domain -> prompts by which a domain is known without training.
+        rules: asked before the encoder.
+        sticky: probability that a conversation stays in its domain from turn to turn.
+        out_of_scope: from this probability on a prompt is of no domain; by default the artifact's.
     Raises:
         RouterArtifactError: the encoder's vectors have another length than the head's.
     """
@@ -44,60 +53,117 @@ class EncoderRouter:
         self,
         artifact: RouterArtifact,
         encoder: Encoder,
-        experts: Mapping[str, str],
-        fallback: str,
-        min_confidence: float,
+        policy: Policy,
+        examples: Mapping[str, Sequence[str]] | None = None,
+        rules: Iterable[Rule] = (),
+        sticky: float = 0.0,
+        out_of_scope: float | None = None,
     ) -> None:
         found = encoder.encode([""]).shape[1]
         if found != artifact.dimensions:
             raise RouterArtifactError(
                 f"the router was trained on vectors of {artifact.dimensions} dimensions, "
-                f"but the encoder gives {found}; check router.encoder"
+                f"but the encoder gives {found}; train the router again"
             )
         self._artifact = artifact
-        self._encoder = encoder
-        self._owners = [experts.get(label, fallback) for label in artifact.card.labels]
-        self._fallback = fallback
-        self._min_confidence = min_confidence
+        self._encoder = MicroBatcher(encoder)
+        self._policy = policy
+        self._rules = tuple(rules)
+        self._sticky = sticky
+        limit = artifact.card.out_of_scope if out_of_scope is None else out_of_scope
+        self._out_of_scope = 1.0 if limit is None else limit
+        self._references = artifact.references
+        self._vectors = artifact.vectors
+        self._prototypes: Prototypes | None = None
+        if examples:
+            self._learn(examples, encoder)
 
-    def route(self, messages: Sequence[Message]) -> RouteDecision:
+    def route(
+        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+    ) -> RouteDecision:
         """The decision for the last user turn; any text is answered."""
         started = time.perf_counter()
-        vector = self._encoder.encode([_last_user_text(messages)])[0]
-        probabilities = self._probabilities(vector)
-        domain = max(probabilities, key=lambda label: probabilities[label])
-        weights, source = self._weights(probabilities, probabilities[domain])
+        turns = user_turns(messages, TURNS if self._sticky else 1)
+        rule = first_match(self._rules, turns[-1], messages, headers or {})
+        decision = self._by_encoder(turns) if rule is None else self._by_rule(rule)
+        return replace(decision, latency_ms=(time.perf_counter() - started) * 1e3)
+
+    def _by_rule(self, rule: Rule) -> RouteDecision:
+        owned = (d for d, expert in self._policy.owners.items() if expert == rule.expert)
         return RouteDecision(
-            weights=weights,
-            confidence=probabilities[domain],
-            domain=domain,
-            source=source,
-            why=Why(probabilities, self._nearest(vector)),
-            latency_ms=(time.perf_counter() - started) * 1e3,
+            weights={rule.expert: 1.0},
+            confidence=1.0,
+            domain=next(owned, None),
+            source="rule",
+            why=Why(rule=rule.name),
         )
 
-    def _probabilities(self, vector: NDArray[np.float32]) -> dict[str, float]:
+    def _by_encoder(self, turns: Sequence[str]) -> RouteDecision:
+        vectors = self._encoder.vectors(turns)
+        readings = [self._read(vector) for vector in vectors]
+        last = readings[-1]
+        silent = last.out_of_scope >= self._out_of_scope
+        continued = silent and any(r.out_of_scope < self._out_of_scope for r in readings[:-1])
+        probabilities = belief(readings, self._sticky)
+        domain = next(iter(probabilities))
+        stuck = continued or domain != max(last.domains, key=lambda name: last.domains[name])
+        choice = self._policy.choose(probabilities, in_scope=continued or not silent)
+        return RouteDecision(
+            weights=choice.weights,
+            confidence=probabilities[domain] * (1.0 if stuck else 1 - last.out_of_scope),
+            domain=domain,
+            source="sticky" if stuck and choice.source == "encoder" else choice.source,
+            why=Why(
+                domains=dict(list(probabilities.items())[:SHOWN_DOMAINS]),
+                nearest=self._nearest(vectors[-1]),
+                out_of_scope=last.out_of_scope,
+            ),
+            combine=choice.combine,
+        )
+
+    def _read(self, vector: NDArray[np.float32]) -> Reading:
+        """Probabilities of the trained domains, and beside them of those known by examples."""
         card = self._artifact.card
         logits = self._artifact.weight @ vector + self._artifact.bias
-        values = calibrated(logits[None], card.temperature)[0]
-        return {label: float(value) for label, value in zip(card.labels, values, strict=True)}
-
-    def _weights(
-        self, probabilities: Mapping[str, float], confidence: float
-    ) -> tuple[dict[str, float], Source]:
-        if confidence < self._min_confidence:
-            return {self._fallback: 1.0}, "fallback"
-        weights: dict[str, float] = {}
-        for owner, probability in zip(self._owners, probabilities.values(), strict=True):
-            weights[owner] = weights.get(owner, 0.0) + probability
-        return {owner: weight for owner, weight in weights.items() if weight > 0}, "encoder"
+        values: list[float] = calibrated(logits[None], card.temperature)[0].tolist()
+        outside = values[len(card.labels)] if len(values) > len(card.labels) else 0.0
+        inside = max(1 - outside, TINY)
+        odds = self._prototypes.odds(vector) if self._prototypes else {}
+        total = 1 + sum(odds.values())
+        domains = {
+            label: value / inside / total for label, value in zip(card.labels, values, strict=False)
+        }
+        for domain, odd in odds.items():
+            domains[domain] = domains.get(domain, 0.0) + odd / total
+        return Reading(domains, outside / total)
 
     def _nearest(self, vector: NDArray[np.float32]) -> tuple[Neighbour, ...]:
-        similarities = self._artifact.vectors @ vector
-        order = (-similarities).argsort()[:NEAREST]
+        import numpy as np
+
+        similarities = self._vectors @ vector
+        some = min(NEAREST, len(similarities))
+        nearest = np.argpartition(-similarities, some - 1)[:some] if some else np.arange(0)
+        order = sorted(nearest.tolist(), key=lambda index: -similarities[index])
         return tuple(
-            Neighbour(**self._artifact.references[index].model_dump(), similarity=similarity)
-            for index, similarity in zip(order, similarities[order].tolist(), strict=True)
+            Neighbour(
+                self._references[index].id,
+                self._references[index].text,
+                self._references[index].domain,
+                float(similarities[index]),
+            )
+            for index in order
+        )
+
+    def _learn(self, examples: Mapping[str, Sequence[str]], encoder: Encoder) -> None:
+        import numpy as np
+
+        vectors = {domain: encoder.encode(texts) for domain, texts in examples.items()}
+        self._prototypes = Prototypes(vectors, self._vectors)
+        self._vectors = np.concatenate([self._vectors, *vectors.values()])
+        self._references += tuple(
+            Reference(id=f"examples/{domain}#{index}", text=text, domain=domain)
+            for domain, texts in examples.items()
+            for index, text in enumerate(texts)
         )
 
 
@@ -110,10 +176,3 @@ def calibrated(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray
     exponentials = np.exp(scaled)
     result: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return result
-
-
-def _last_user_text(messages: Sequence[Message]) -> str:
-    for message in reversed(messages):
-        if message["role"] == "user":
-            return message["content"]
-    return ""

@@ -2,37 +2,58 @@
 
 from polymath.training.adapter_card import adapter_card, write_card
 from polymath.training.data import (
+    OUT_OF_SCOPE,
     ChatRow,
     ChatTurn,
+    ConversationRow,
     PromptRow,
     fingerprint,
     read_chats,
+    read_conversations,
     read_prompts,
 )
+from polymath.training.encoder_finetuning import FinetuneRecipe
 from polymath.training.engine_perplexity import answer_perplexity
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.lora import LoraTrainer
+from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
 from polymath.training.recipe import ExpertReport, LoraRecipe
-from polymath.training.router_evaluation import evaluate_router
-from polymath.training.router_head import train_router_head
+from polymath.training.router_evaluation import (
+    RoutedPrompt,
+    evaluate_conversations,
+    route_prompts,
+    summarise_routing,
+)
+from polymath.training.router_report import write_router_report
+from polymath.training.router_training import RouterRecipe, train_router
 
 __all__ = [
+    "OUT_OF_SCOPE",
     "ChatRow",
     "ChatTurn",
+    "ConversationRow",
     "ExpertReport",
+    "FinetuneRecipe",
     "LoraRecipe",
     "LoraTrainer",
     "Perplexity",
     "PromptRow",
+    "RoutedPrompt",
+    "RouterRecipe",
     "adapter_card",
     "answer_perplexity",
-    "evaluate_router",
+    "evaluate_conversations",
     "expert_matrix",
     "fingerprint",
+    "mcnemar",
     "measure_perplexity",
     "read_chats",
+    "read_conversations",
     "read_prompts",
-    "train_router_head",
+    "route_prompts",
+    "summarise_routing",
+    "train_router",
     "write_card",
+    "write_router_report",
 ]

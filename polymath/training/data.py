@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from polymath.errors import DataError
 
@@ -20,9 +20,11 @@ __all__ = [
     "OUT_OF_SCOPE",
     "ChatRow",
     "ChatTurn",
+    "ConversationRow",
     "PromptRow",
     "fingerprint",
     "read_chats",
+    "read_conversations",
     "read_prompts",
 ]
 
@@ -47,6 +49,19 @@ class PromptRow(BaseModel):
     def family(self) -> str:
         """The data set: the part of `source` before the slash."""
         return (self.source or "unnamed").split("/")[0]
+
+
+class ConversationRow(BaseModel):
+    """The user turns of one conversation and the domain of each."""
+
+    turns: list[str] = Field(min_length=1)
+    domains: list[str] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_a_domain_for_each_turn(self) -> "ConversationRow":
+        if len(self.turns) != len(self.domains):
+            raise ValueError("`turns` and `domains` must be of the same length")
+        return self
 
 
 class ChatTurn(BaseModel):
@@ -98,6 +113,15 @@ def read_chats(paths: Sequence[Path]) -> list[ChatRow]:
         DataError: a file or row is unusable; the message names the file and the line.
     """
     return _read_all(paths, ChatRow)
+
+
+def read_conversations(paths: Sequence[Path]) -> list[ConversationRow]:
+    """All labelled conversations of the files, in order.
+
+    Raises:
+        DataError: a file or row is unusable; the message names the file and the line.
+    """
+    return _read_all(paths, ConversationRow)
 
 
 def fingerprint(rows: Iterable[BaseModel]) -> str:

@@ -4,7 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["DomainScore", "accuracy", "domain_scores", "expected_calibration_error", "percentile"]
+__all__ = [
+    "CalibrationBin",
+    "DomainScore",
+    "McNemar",
+    "accuracy",
+    "calibration_bins",
+    "domain_scores",
+    "expected_calibration_error",
+    "mcnemar",
+    "percentile",
+]
 
 CALIBRATION_BINS = 15
 """Equal-width bins of confidence, as in Guo et al. 2017."""
@@ -42,17 +52,62 @@ def domain_scores(truth: Sequence[str], predicted: Sequence[str]) -> dict[str, D
     return scores
 
 
-def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool]) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, eq. 3)."""
+@dataclass(frozen=True, slots=True)
+class CalibrationBin:
+    """Predictions of like confidence: how many, their mean confidence and their accuracy."""
+
+    n: int
+    confidence: float
+    accuracy: float
+
+
+def calibration_bins(
+    confidence: Sequence[float], correct: Sequence[bool]
+) -> dict[int, CalibrationBin]:
+    """The equal-width bins that are not empty, by their position: a reliability diagram."""
     bins: dict[int, list[tuple[float, bool]]] = {}
     for value, right in zip(confidence, correct, strict=True):
         index = min(int(value * CALIBRATION_BINS), CALIBRATION_BINS - 1)
         bins.setdefault(index, []).append((value, right))
-    gaps = (
-        abs(sum(value for value, _ in members) - sum(right for _, right in members))
-        for members in bins.values()
-    )
-    return sum(gaps) / len(confidence) if confidence else 0.0
+    return {
+        index: CalibrationBin(
+            n=len(members),
+            confidence=sum(value for value, _ in members) / len(members),
+            accuracy=accuracy([right for _, right in members]),
+        )
+        for index, members in sorted(bins.items())
+    }
+
+
+def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool]) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, eq. 3)."""
+    bins = calibration_bins(confidence, correct).values()
+    gap = sum(part.n * abs(part.confidence - part.accuracy) for part in bins)
+    return gap / len(confidence) if confidence else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class McNemar:
+    """Two classifiers on the same prompts (McNemar 1947, exact form).
+
+    Attributes:
+        only_first: prompts that only the first has right; only_second: only the second.
+        p_value: how likely so uneven a split is if neither is better, two-sided.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """McNemar's exact test on which of their answers are right, prompt by prompt."""
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(one and not other for one, other in pairs)
+    only_second = sum(other and not one for one, other in pairs)
+    n, least = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, k) for k in range(least + 1))
+    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

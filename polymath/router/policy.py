@@ -1,0 +1,61 @@
+"""From domain probabilities to the experts that answer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from polymath.router.decision import Combine, Source
+
+__all__ = ["Choice", "Policy"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Weights over experts (summing to 1), what decided, and whether they answer together."""
+
+    weights: Mapping[str, float]
+    source: Source
+    combine: Combine = "select"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to trust the likeliest domain, when to ask several experts, when to fall back.
+
+    Attributes:
+        owners: domain -> expert; other domains belong to the fallback.
+        fallback: expert for what is out of scope or below `min_confidence`.
+        margin: the likeliest expert answers alone if its weight leads by at least so much.
+        top_k: so many experts answer together otherwise, unless `combine` is `select`.
+    """
+
+    owners: Mapping[str, str]
+    fallback: str
+    min_confidence: float = 0.0
+    margin: float = 0.0
+    top_k: int = 2
+    combine: Combine = "select"
+
+    def choose(self, probabilities: Mapping[str, float], in_scope: bool = True) -> Choice:
+        """Who answers, given the probability of each domain (summing to 1)."""
+        if not in_scope or max(probabilities.values()) < self.min_confidence:
+            return Choice({self.fallback: 1.0}, "fallback")
+        weights = self._by_expert(probabilities)
+        if self.combine == "select" or not self._unsure(weights):
+            return Choice(weights, "encoder")
+        best = dict(list(weights.items())[: self.top_k])
+        total = sum(best.values())
+        together = {expert: weight / total for expert, weight in best.items()}
+        return Choice(together, "encoder", self.combine)
+
+    def _by_expert(self, probabilities: Mapping[str, float]) -> dict[str, float]:
+        """Weights of the experts, the largest first."""
+        weights: dict[str, float] = {}
+        for domain, probability in probabilities.items():
+            expert = self.owners.get(domain, self.fallback)
+            weights[expert] = weights.get(expert, 0.0) + probability
+        ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)
+        return {expert: weight for expert, weight in ordered if weight > 0}
+
+    def _unsure(self, weights: Mapping[str, float]) -> bool:
+        first, *others = weights.values()
+        return bool(others) and first - others[0] < self.margin

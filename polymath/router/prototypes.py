@@ -1,0 +1,97 @@
+"""Domains known by a handful of example prompts, without training (prototypes, Snell et al. 2017).
+
+A domain's prototype is the mean of its examples' vectors. Whether a prompt belongs to it is judged
+against two measured similarities: that of the examples to the prototype of the others, and that of
+the trained router's reference prompts, nearly all of which belong elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+__all__ = ["Prototypes"]
+
+FOREIGN_QUANTILE = 0.99
+"""So many of the reference prompts are taken to be of other domains."""
+
+LEAST_GAP = 0.05
+"""Of the two similarities; examples that differ wildly would make the border too sharp."""
+
+LOG_ODDS = 4.0
+"""At the two similarities the odds are e^-4 and e^4."""
+
+CONSIDERED = 8
+"""Domains that a prompt may be of; the others are too far to matter."""
+
+BLOCK = 1024
+
+
+class Prototypes:
+    """Compares a vector with the prototypes of any number of domains.
+
+    Args:
+        examples: domain -> unit vectors of its examples, [examples, dimensions].
+        references: unit vectors of prompts of the trained domains, [references, dimensions].
+    """
+
+    def __init__(self, examples: Mapping[str, Floats], references: Floats) -> None:
+        import numpy as np
+
+        self.domains = tuple(examples)
+        self._means = np.stack([_unit(vectors.mean(axis=0)) for vectors in examples.values()])
+        own = np.array([_similarity_to_others(vectors) for vectors in examples.values()])
+        foreign = _quantiles(self._means, references)
+        self._middle = ((own + foreign) / 2).astype(np.float32)
+        self._slope = (2 * LOG_ODDS / np.maximum(own - foreign, LEAST_GAP)).astype(np.float32)
+
+    def odds(self, vector: Floats) -> dict[str, float]:
+        """How much likelier than all trained domains together each of the nearest domains is.
+
+        Args:
+            vector: [dimensions], unit length.
+        """
+        import numpy as np
+
+        scores = (self._means @ vector - self._middle) * self._slope
+        if len(scores) > CONSIDERED:
+            nearest = np.argpartition(scores, -CONSIDERED)[-CONSIDERED:]
+        else:
+            nearest = np.arange(len(scores))
+        return {self.domains[index]: float(np.exp(scores[index])) for index in nearest}
+
+
+def _unit(vector: Floats) -> Floats:
+    import numpy as np
+
+    unit: Floats = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return unit
+
+
+def _similarity_to_others(vectors: Floats) -> float:
+    """Mean cosine of each example with the mean of the others; of one example alone, 1."""
+    import numpy as np
+
+    if len(vectors) == 1:
+        return 1.0
+    total = vectors.sum(axis=0)
+    return float(np.mean([_unit(total - vector) @ vector for vector in vectors]))
+
+
+def _quantiles(means: Floats, references: Floats) -> NDArray[np.float64]:
+    """For each prototype the similarity that few references exceed, [domains]."""
+    import numpy as np
+
+    if len(references) == 0:
+        return np.zeros(len(means))
+    blocks = [
+        np.quantile(means[start : start + BLOCK] @ references.T, FOREIGN_QUANTILE, axis=1)
+        for start in range(0, len(means), BLOCK)
+    ]
+    return np.concatenate(blocks)

@@ -1,0 +1,418 @@
+"""`polymath train router`: labelled prompts -> a router folder.
+
+Two ways: a head on the frozen encoder (seconds), or fine-tuning the encoder with it (minutes). What
+counts is accuracy on sources that the training did not see, so both are validated by leaving out
+one data set at a time, and the better one is kept. Calibration is fitted on prompts held out.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from polymath.artifacts import Progress, no_progress
+from polymath.router import (
+    Encoder,
+    Reference,
+    RouterArtifact,
+    RouterCard,
+    SentenceEncoder,
+    calibrated,
+    export_encoder,
+    locate_encoder,
+)
+from polymath.training.data import PromptRow, fingerprint
+from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
+from polymath.training.labelled import LabelledPrompts
+from polymath.training.linear_head import (
+    LinearHead,
+    fit_head,
+    fit_temperature,
+    out_of_fold_logits,
+)
+from polymath.training.metrics import accuracy, expected_calibration_error
+from polymath.training.source_folds import SourceFold, source_folds
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vectors = NDArray[np.float32]
+
+__all__ = ["RouterRecipe", "train_router"]
+
+WORK_FOLDER = ".training"
+ENCODE_BATCH = 16
+CALIBRATION_TEXTS = 256
+"""Prompts on which the ranges of int8 activations are found."""
+PROBED_ROWS = 4000
+"""Prompts on which the head starts before fine-tuning."""
+HELD_OUT_SHARE = 0.08
+"""Prompts kept from fine-tuning, on which confidence is calibrated."""
+LOST_SHARE = 0.02
+"""In-scope prompts that may be taken for out of scope."""
+REFERENCES_PER_DOMAIN = 128
+REFERENCE_CANDIDATES = 512
+REFERENCE_CHARACTERS = 240
+SAME_VECTOR_DIGITS = 4
+
+
+class RouterRecipe(BaseModel):
+    """How a router is trained; the same recipe and data give the same router.
+
+    `finetune` is None for a head on the frozen encoder. `fold_prompts` is the budget of each
+    leave-one-source-out run of fine-tuning; 0 skips the validation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    finetune: FinetuneRecipe | None = None
+    fold_prompts: int = Field(default=5_000, ge=0)
+    inverse_regularisation: tuple[float, ...] = Field(default=(0.3, 1.0, 3.0), min_length=1)
+    threads: int = Field(default=2, ge=1)
+    seed: int = 0
+
+
+def train_router(
+    rows: Sequence[PromptRow],
+    encoder: str,
+    out: Path,
+    recipe: RouterRecipe,
+    licence: str = "",
+    withheld: Collection[str] = (),
+    progress: Progress = no_progress,
+) -> RouterArtifact:
+    """Train a router and write its folder.
+
+    Args:
+        rows: prompts of at least two domains; those of domain `none` teach what is out of scope.
+        encoder: `package:NAME` or a folder with a BERT model.
+        withheld: sources whose texts stay out of the folder (private, or not to be passed on);
+            decisions then point at such a prompt by its id alone.
+    Raises:
+        DataError: fewer than two domains, or a domain of a single prompt.
+        ModelSourceError: the encoder cannot be used.
+    """
+    training = _Training(rows, encoder, out, recipe, progress)
+    return training.run(licence, withheld)
+
+
+class _Training:
+    def __init__(
+        self,
+        rows: Sequence[PromptRow],
+        encoder: str,
+        out: Path,
+        recipe: RouterRecipe,
+        progress: Progress,
+    ) -> None:
+        self._data = LabelledPrompts.of(rows)
+        self._source = encoder
+        self._folder = locate_encoder(encoder)
+        self._out = out
+        self._work = out / WORK_FOLDER
+        self._recipe = recipe
+        self._progress = progress
+        self._folds = source_folds(rows, recipe.seed)
+        self._fingerprint = fingerprint(rows)
+
+    def run(self, licence: str, withheld: Collection[str]) -> RouterArtifact:
+        self._work.mkdir(parents=True, exist_ok=True)
+        vectors = self._encode(self._frozen(), self._data.rows, "encoding prompts")
+        regularisation, frozen_scores = self._validated_head(vectors)
+        if self._recipe.finetune is None:
+            trained = self._with_head(vectors, regularisation)
+            scores, finetuned = frozen_scores, False
+        else:
+            tuned_scores = self._validated_finetuning(vectors, regularisation)
+            finetuned = not tuned_scores or _mean(tuned_scores) >= _mean(frozen_scores)
+            scores = tuned_scores if finetuned else frozen_scores
+            trained = (
+                self._finetuned(vectors, regularisation)
+                if finetuned
+                else self._with_head(vectors, regularisation)
+            )
+        head, held_out, targets = trained
+        artifact = self._artifact(head, held_out, targets, scores, finetuned, licence, withheld)
+        artifact.save(self._out)
+        shutil.rmtree(self._work, ignore_errors=True)
+        return artifact
+
+    def _frozen(self) -> SentenceEncoder:
+        """The encoder as it came, in int8."""
+        folder = self._work / "frozen"
+        if not (folder / "model.onnx").exists():
+            self._export(self._folder, folder)
+        return SentenceEncoder(folder, self._recipe.threads)
+
+    def _export(self, source: Path, target: Path) -> None:
+        import numpy as np
+
+        size = min(CALIBRATION_TEXTS, len(self._data.rows))
+        some = np.random.default_rng(self._recipe.seed).choice(
+            len(self._data.rows), size, replace=False
+        )
+        self._progress("encoder: export to int8", 0, 1)
+        partial = target.with_name(target.name + ".partial")
+        export_encoder(source, partial, [self._data.rows[index].text for index in some])
+        target.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            file.replace(target / file.name)
+        partial.rmdir()
+        self._progress("encoder: export to int8", 1, 1)
+
+    def _encode(self, encoder: Encoder, rows: Sequence[PromptRow], stage: str) -> Vectors:
+        """Vectors of the rows; batched by length, so that little is spent on padding."""
+        import numpy as np
+
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index].text))
+        blocks = []
+        for start in range(0, len(order), ENCODE_BATCH):
+            batch = order[start : start + ENCODE_BATCH]
+            blocks.append(encoder.encode([rows[index].text for index in batch]))
+            self._progress(stage, start + len(batch), len(order))
+        vectors = np.empty((len(rows), blocks[0].shape[1]), dtype=np.float32)
+        vectors[order] = np.concatenate(blocks)
+        return vectors
+
+    def _validated_head(self, vectors: Vectors) -> tuple[float, dict[str, float]]:
+        """The best regularisation, and the accuracy on each source when it is left out."""
+        candidates = self._recipe.inverse_regularisation
+        scores: dict[float, dict[str, float]] = {}
+        for done, value in enumerate(candidates):
+            scores[value] = {
+                fold.name: self._fold_accuracy(fold, vectors, value) for fold in self._folds
+            } or {"": self._out_of_fold_accuracy(vectors, value)}
+            self._progress("frozen encoder: validation", done + 1, len(candidates))
+        best = max(candidates, key=lambda value: _mean(scores[value]))
+        return best, {name: score for name, score in scores[best].items() if name}
+
+    def _fold_accuracy(self, fold: SourceFold, vectors: Vectors, value: float) -> float:
+        kept = self._kept(fold)
+        data = self._data.take(kept)
+        head = fit_head(vectors[kept], data.targets, data.weights, value)
+        held_out = list(fold.held_out)
+        return self._accuracy(head.logits(vectors[held_out]), self._data.targets[held_out])
+
+    def _out_of_fold_accuracy(self, vectors: Vectors, value: float) -> float:
+        data = self._data
+        logits = out_of_fold_logits(vectors, data.targets, data.weights, value, self._recipe.seed)
+        return self._accuracy(logits, data.targets)
+
+    def _accuracy(self, logits: Vectors, targets: NDArray[np.int64]) -> float:
+        """Share of the in-scope rows whose domain is right."""
+        inside = targets < len(self._data.labels)
+        guesses = logits[inside][:, : len(self._data.labels)].argmax(axis=1)
+        return accuracy((guesses == targets[inside]).tolist())
+
+    def _kept(self, fold: SourceFold) -> NDArray[np.int64]:
+        import numpy as np
+
+        return np.setdiff1d(np.arange(len(self._data.rows)), np.array(fold.held_out))
+
+    def _with_head(
+        self, vectors: Vectors, value: float
+    ) -> tuple[LinearHead, Vectors, NDArray[np.int64]]:
+        """A head on the frozen encoder, with out-of-fold logits and targets of all rows."""
+        data, seed = self._data, self._recipe.seed
+        logits = out_of_fold_logits(vectors, data.targets, data.weights, value, seed)
+        for file in (self._work / "frozen").iterdir():
+            shutil.copyfile(file, self._out / file.name)
+        return fit_head(vectors, data.targets, data.weights, value), logits, data.targets
+
+    def _validated_finetuning(self, vectors: Vectors, value: float) -> dict[str, float]:
+        """Accuracy on each source when it is left out of a shorter fine-tuning."""
+        assert self._recipe.finetune is not None
+        if not self._recipe.fold_prompts:
+            return {}
+        recipe = self._recipe.finetune.model_copy(update={"prompts": self._recipe.fold_prompts})
+        journal = _Journal(
+            self._work / "folds.json", f"{self._fingerprint}:{recipe.model_dump_json()}"
+        )
+        for fold in self._folds:
+            if fold.name in journal.scores:
+                continue
+            stage = f"fine-tuning without {fold.name}"
+            tuned, head = self._finetune(self._kept(fold), vectors, value, recipe, stage)
+            rows = [self._data.rows[index] for index in fold.held_out]
+            encoded = self._encode(tuned, rows, f"measuring on {fold.name}")
+            targets = self._data.targets[list(fold.held_out)]
+            journal.add(fold.name, self._accuracy(head.logits(encoded), targets))
+        return journal.scores
+
+    def _finetune(
+        self,
+        kept: NDArray[np.int64],
+        vectors: Vectors,
+        value: float,
+        recipe: FinetuneRecipe,
+        stage: str,
+    ) -> tuple[SentenceEncoder, LinearHead]:
+        """An encoder fine-tuned on some of the rows, in int8, and its head."""
+        import numpy as np
+        import torch
+
+        torch.set_num_threads(self._recipe.threads)
+        size = min(PROBED_ROWS, len(kept))
+        probed = np.random.default_rng(recipe.seed).choice(kept, size, replace=False)
+        start = self._data.take(probed)
+        head = fit_head(vectors[probed], start.targets, start.weights, value)
+        tuner = EncoderFinetuner(
+            self._folder, self._data.take(kept), head, recipe, self._work / "checkpoint.pt"
+        )
+        tuner.train(lambda done, total, loss: self._progress(stage, done, total))
+        tuner.save(self._work / "tuned")
+        self._export(self._work / "tuned", self._work / "tuned-int8")
+        return SentenceEncoder(self._work / "tuned-int8", self._recipe.threads), tuner.head()
+
+    def _finetuned(
+        self, vectors: Vectors, value: float
+    ) -> tuple[LinearHead, Vectors, NDArray[np.int64]]:
+        """The encoder fine-tuned on all but a few rows, with logits and targets of those."""
+        import numpy as np
+        from sklearn.model_selection import train_test_split
+
+        assert self._recipe.finetune is not None
+        kept, held_out = train_test_split(
+            np.arange(len(self._data.rows)),
+            test_size=max(HELD_OUT_SHARE, 2 * (len(self._data.labels) + 1) / len(self._data.rows)),
+            stratify=self._data.targets,
+            random_state=self._recipe.seed,
+        )
+        tuned, head = self._finetune(
+            kept, vectors, value, self._recipe.finetune, "fine-tuning on all sources"
+        )
+        for file in (self._work / "tuned-int8").iterdir():
+            shutil.copyfile(file, self._out / file.name)
+        rows = [self._data.rows[index] for index in held_out]
+        encoded = self._encode(tuned, rows, "measuring on held-out prompts")
+        return head, head.logits(encoded), self._data.targets[held_out]
+
+    def _artifact(
+        self,
+        head: LinearHead,
+        held_out: Vectors,
+        targets: NDArray[np.int64],
+        scores: dict[str, float],
+        finetuned: bool,
+        licence: str,
+        withheld: Collection[str],
+    ) -> RouterArtifact:
+        data = self._data
+        temperature = fit_temperature(held_out, targets)
+        probabilities = calibrated(held_out, temperature)
+        encoder = SentenceEncoder(self._out, self._recipe.threads)
+        references, vectors = self._references(encoder, withheld)
+        recipe = self._recipe.model_dump(mode="json", exclude={"threads"})
+        counts = Counter(row.family for row in data.rows)
+        return RouterArtifact(
+            card=RouterCard(
+                encoder=self._source,
+                finetuned=finetuned,
+                labels=data.labels,
+                temperature=temperature,
+                out_of_scope=_threshold(probabilities, targets) if data.knows_none else None,
+                data_sha256=self._fingerprint,
+                rows=dict(sorted(counts.items())),
+                metrics=_metrics(probabilities, targets, len(data.labels)),
+                left_out={name: round(score, 4) for name, score in sorted(scores.items())},
+                recipe=recipe,
+                licence=licence,
+            ),
+            weight=head.weight,
+            bias=head.bias,
+            vectors=vectors,
+            references=references,
+        )
+
+    def _references(
+        self, encoder: Encoder, withheld: Collection[str]
+    ) -> tuple[tuple[Reference, ...], Vectors]:
+        """For each domain the prompts nearest the centres of as many clusters: a wide sample."""
+        import numpy as np
+
+        rng = np.random.default_rng(self._recipe.seed)
+        chosen: list[int] = []
+        for target in range(len(self._data.labels)):
+            members = np.flatnonzero(self._data.targets == target)
+            size = min(REFERENCE_CANDIDATES, len(members))
+            chosen += sorted(rng.choice(members, size, replace=False).tolist())
+        candidates = [self._data.rows[index] for index in chosen]
+        vectors = self._encode(encoder, candidates, "choosing reference prompts")
+        kept = [
+            place
+            for target in range(len(self._data.labels))
+            for place in _spread(
+                vectors, np.flatnonzero(self._data.targets[chosen] == target), self._recipe.seed
+            )
+        ]
+        references = [
+            _reference(self._data.rows[chosen[place]], chosen[place], withheld) for place in kept
+        ]
+        return tuple(references), vectors[kept]
+
+
+class _Journal:
+    """Scores of finished folds, kept on disk so that a killed run goes on."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        self._file = file
+        self._key = key
+        self.scores: dict[str, float] = {}
+        if file.exists():
+            values = json.loads(file.read_text())
+            self.scores = values["scores"] if values["key"] == key else {}
+
+    def add(self, name: str, score: float) -> None:
+        self.scores[name] = score
+        partial = self._file.with_suffix(".tmp")
+        partial.write_text(json.dumps({"key": self._key, "scores": self.scores}))
+        partial.replace(self._file)
+
+
+def _mean(scores: dict[str, float]) -> float:
+    return sum(scores.values()) / len(scores) if scores else 0.0
+
+
+def _threshold(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    """The probability of "none" from which on few prompts of a domain are lost."""
+    import numpy as np
+
+    none = probabilities.shape[1] - 1
+    inside = probabilities[targets < none, none]
+    return float(np.clip(np.quantile(inside, 1 - LOST_SHARE), 1e-3, 1.0))
+
+
+def _metrics(
+    probabilities: NDArray[np.float64], targets: NDArray[np.int64], labels: int
+) -> dict[str, Any]:
+    inside = targets < labels
+    domains = probabilities[inside][:, :labels]
+    correct = (domains.argmax(axis=1) == targets[inside]).tolist()
+    return {
+        "accuracy": round(accuracy(correct), 4),
+        "ece": round(expected_calibration_error(domains.max(axis=1).tolist(), correct), 4),
+    }
+
+
+def _spread(vectors: Vectors, members: NDArray[np.int64], seed: int) -> list[int]:
+    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import pairwise_distances_argmin
+
+    distinct = len(np.unique(vectors[members].round(SAME_VECTOR_DIGITS), axis=0))
+    clusters = min(REFERENCES_PER_DOMAIN, distinct)
+    means = KMeans(clusters, n_init=1, random_state=seed).fit(vectors[members])
+    nearest = pairwise_distances_argmin(means.cluster_centers_, vectors[members])
+    return sorted({int(members[index]) for index in nearest})
+
+
+def _reference(row: PromptRow, index: int, withheld: Collection[str]) -> Reference:
+    text = "" if row.family in withheld else row.text[:REFERENCE_CHARACTERS]
+    return Reference(id=f"{row.source or 'prompt'}#{index}", text=text, domain=row.domain)
