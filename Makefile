@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LLAMA ?= .venv-llama
+SEMANTIC ?= .venv-semantic
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINNED := -c constraints.txt
@@ -57,16 +58,26 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-quality bench-profile bench-scaling bench-speed ## all benchmarks
+bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-quality bench-profile bench-scaling bench-speed ## all benchmarks
 
-.PHONY: bench-experts bench-router bench-quality bench-profile bench-scaling bench-speed
+.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-quality bench-profile bench-scaling bench-speed
 DATA ?= ../shared/data
 
 bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder LIMIT=rows)
 	$(BIN)/polymath eval experts --data $(DATA)/experts/*.eval.jsonl $(if $(LIMIT),--limit $(LIMIT))
 
-bench-router: $(VENV)/dev.installed ## accuracy, calibration and latency of the router (DATA=folder)
-	$(BIN)/polymath eval router --data $(DATA)/prompts/dev.jsonl
+bench-router: $(VENV)/dev.installed ## accuracy and calibration of the router (DATA=folder)
+	$(BIN)/polymath eval router --data $(DATA)/prompts/dev.jsonl configs/demo/data/router.oos.eval.jsonl
+	$(BIN)/polymath eval router --conversations --data $(DATA)/multi_turn.jsonl
+
+bench-router-speed: $(VENV)/dev.installed $(SEMANTIC)/semantic.installed ## time of a decision against torch and semantic-router
+	$(BIN)/python -m bench.router --semantic $(SEMANTIC)/bin/python
+
+bench-router-robustness: $(VENV)/dev.installed ## typos, frames, a domain by examples, follow-ups (DATA=folder)
+	$(BIN)/python -m bench.router_robustness --data $(DATA)
+
+bench-router-ablation: $(VENV)/dev.installed ## what helps on sources left out (DATA=folder)
+	$(BIN)/python -m bench.router_ablation --data $(DATA)
 
 bench-quality: $(VENV)/dev.installed ## perplexity of the int8 path against float32 (DATA=folder LIMIT=rows)
 	$(BIN)/python -m bench.quality --data $(DATA)/experts $(if $(LIMIT),--limit $(LIMIT))
@@ -86,8 +97,15 @@ $(LLAMA)/llama.installed:
 	$(LLAMA)/bin/python -m pip install --disable-pip-version-check --quiet 'llama-cpp-python[server]==0.3.36'
 	touch $@
 
+$(SEMANTIC)/semantic.installed: $(VENV)/dev.installed
+	$(PYTHON) -m venv $(SEMANTIC)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(ls -d $(SEMANTIC)/lib/python*/site-packages)/polymath-venv.pth
+	$(SEMANTIC)/bin/python -m pip install --disable-pip-version-check --quiet semantic-router==1.1.1
+	touch $@
+
 demo-artifacts: $(VENV)/dev.installed ## train the demo experts and router again (DATA=folder, an hour)
 	PATH="$(abspath $(BIN)):$$PATH" configs/demo/train.sh $(DATA)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) $(LLAMA) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LLAMA) $(SEMANTIC) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -18,6 +18,7 @@ from polymath.training.expert_matrix import expert_matrix
 from polymath.training.lora import LoraTrainer
 from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
+from polymath.training.prompt_styles import restyle, with_typos
 from polymath.training.recipe import ExpertReport, LoraRecipe
 from polymath.training.router_evaluation import (
     RoutedPrompt,
@@ -51,9 +52,11 @@ __all__ = [
     "read_chats",
     "read_conversations",
     "read_prompts",
+    "restyle",
     "route_prompts",
     "summarise_routing",
     "train_router",
+    "with_typos",
     "write_card",
     "write_router_report",
 ]
