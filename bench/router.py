@@ -31,36 +31,11 @@ UTTERANCES = 16
 SCALES = (0, 10, 100, 1_000, 10_000)
 EXAMPLES = 5
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-WORDS = tuple(
-    [
-        "river",
-        "stone",
-        "number",
-        "market",
-        "doctor",
-        "judge",
-        "engine",
-        "apple",
-        "window",
-        "letter",
-        "theory",
-        "music",
-        "paper",
-        "garden",
-        "price",
-        "water",
-        "light",
-        "school",
-        "answer",
-        "travel",
-        "question",
-        "simple",
-        "yellow",
-        "history",
-        "animal",
-        "table",
-    ]
+VOCABULARY = (
+    "river stone number market doctor judge engine apple window letter theory music paper garden "
+    "price water light school answer travel question simple yellow history animal table"
 )
+"""Words of one token each."""
 
 Decide = Callable[[str], object]
 Figures = dict[str, dict[str, float]]
@@ -141,12 +116,12 @@ def _torch() -> Figures:
 
 def _semantic_router() -> Figures:
     import torch
-    from semantic_router import Route  # type: ignore[import-not-found,unused-ignore]
+    from semantic_router import (  # type: ignore[import-not-found,unused-ignore]
+        IndexedRouter,
+        Route,
+    )
     from semantic_router.encoders import (  # type: ignore[import-not-found,unused-ignore]
         HuggingFaceEncoder,
-    )
-    from semantic_router.routers import (  # type: ignore[import-not-found,unused-ignore]
-        SemanticRouter,
     )
 
     from polymath.router import RouterArtifact, locate_encoder
@@ -157,10 +132,9 @@ def _semantic_router() -> Figures:
         known = utterances.setdefault(reference.domain, [])
         if reference.text and len(known) < UTTERANCES:
             known.append(reference.text)
-    router = SemanticRouter(
+    router = IndexedRouter(
         encoder=HuggingFaceEncoder(name=str(locate_encoder(ENCODER))),
         routes=[Route(name=domain, utterances=texts) for domain, texts in utterances.items()],
-        auto_sync="local",
     )
     return _measured(router)
 
@@ -246,7 +220,7 @@ def _measured(decide: Decide) -> Figures:
         texts = _texts(length, CALLS + 5, seed=length)
         _times(decide, texts[:5])
         figures[f"{length} alone"] = _percentiles(_times(decide, texts[5:]))
-        crowd = _texts(length, 2 * CALLS, seed=-length)
+        crowd = _texts(length, 2 * CALLS, seed=1_000 + length)
         with ThreadPoolExecutor(CONCURRENT) as pool:
             together = list(pool.map(lambda text: _times(decide, [text])[0], crowd))
         figures[f"{length} of {CONCURRENT}"] = _percentiles(together)
@@ -272,8 +246,8 @@ def _percentiles(times: Sequence[float]) -> dict[str, float]:
 
 def _texts(tokens: int, count: int, seed: int) -> list[str]:
     """Different texts of `tokens` tokens each, the two special ones included."""
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=tokens - 2)) for _ in range(count)]
+    rng, words = random.Random(seed), VOCABULARY.split()
+    return [" ".join(rng.choices(words, k=tokens - 2)) for _ in range(count)]
 
 
 def _user(text: str) -> dict[str, str]:

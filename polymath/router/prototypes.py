@@ -32,6 +32,12 @@ CONSIDERED = 8
 
 BLOCK = 1024
 
+MANY = 2048
+"""From so many domains on, all are compared in few dimensions and only a shortlist in full."""
+
+COARSE_DIMENSIONS = 64
+SHORTLIST = 256
+
 
 class Prototypes:
     """Compares a vector with the prototypes of any number of domains.
@@ -51,6 +57,8 @@ class Prototypes:
         self._middle = ((own + foreign) / 2).astype(np.float32)
         self._slope = (2 * LOG_ODDS / np.maximum(own - foreign, LEAST_GAP)).astype(np.float32)
 
+        self._principal = _principal(self._means) if len(self._means) >= MANY else None
+
     def odds(self, vector: Floats) -> dict[str, float]:
         """How much likelier than all trained domains together each of the nearest domains is.
 
@@ -59,12 +67,37 @@ class Prototypes:
         """
         import numpy as np
 
-        scores = (self._means @ vector - self._middle) * self._slope
-        if len(scores) > CONSIDERED:
-            nearest = np.argpartition(scores, -CONSIDERED)[-CONSIDERED:]
-        else:
-            nearest = np.arange(len(scores))
-        return {self.domains[index]: float(np.exp(scores[index])) for index in nearest}
+        near = self._shortlist(vector)
+        scores = (self._means[near] @ vector - self._middle[near]) * self._slope[near]
+        best = _largest(scores, CONSIDERED)
+        return {self.domains[near[place]]: float(np.exp(scores[place])) for place in best.tolist()}
+
+    def _shortlist(self, vector: Floats) -> NDArray[np.intp]:
+        import numpy as np
+
+        if self._principal is None:
+            return np.arange(len(self._means))
+        basis, coarse = self._principal
+        scores = (coarse @ (vector @ basis) - self._middle) * self._slope
+        return _largest(scores, SHORTLIST)
+
+
+def _principal(means: Floats) -> tuple[Floats, Floats]:
+    """The directions in which the prototypes differ most, and the prototypes in them."""
+    import numpy as np
+
+    _, directions = np.linalg.eigh(means.T @ means)
+    basis = np.ascontiguousarray(directions[:, -COARSE_DIMENSIONS:])
+    return basis, np.ascontiguousarray(means @ basis)
+
+
+def _largest(scores: Floats, most: int) -> NDArray[np.intp]:
+    """Where the largest scores stand, in no order."""
+    import numpy as np
+
+    if len(scores) <= most:
+        return np.arange(len(scores))
+    return np.argpartition(scores, -most)[-most:]
 
 
 def _unit(vector: Floats) -> Floats:

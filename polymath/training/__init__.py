@@ -12,9 +12,11 @@ from polymath.training.data import (
     read_conversations,
     read_prompts,
 )
-from polymath.training.encoder_finetuning import FinetuneRecipe
+from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
 from polymath.training.engine_perplexity import answer_perplexity
 from polymath.training.expert_matrix import expert_matrix
+from polymath.training.labelled import LabelledPrompts
+from polymath.training.linear_head import LinearHead, fit_head
 from polymath.training.lora import LoraTrainer
 from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -28,8 +30,15 @@ from polymath.training.router_evaluation import (
 )
 from polymath.training.router_report import write_router_report
 from polymath.training.router_training import RouterRecipe, train_router
+from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "source_folds",
+    "fit_head",
+    "SourceFold",
+    "LinearHead",
+    "LabelledPrompts",
+    "EncoderFinetuner",
     "OUT_OF_SCOPE",
     "ChatRow",
     "ChatTurn",

@@ -164,6 +164,7 @@ class EncoderFinetuner:
             "head": self._head.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
+            "rng": torch.get_rng_state(),  # of the dropout
         }
         torch.save(state, partial)
         os.replace(partial, self._checkpoint)
@@ -182,6 +183,7 @@ class EncoderFinetuner:
             self._head.load_state_dict(state["head"])
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["rng"])
         except Exception as error:  # damaged bytes fail in pickle, zipfile or torch
             raise DataError(
                 f"{self._checkpoint}: corrupt checkpoint ({error}); delete it to start anew"

@@ -48,7 +48,7 @@ class LabelledPrompts:
         counts = Counter(row.domain for row in rows)
         labels = tuple(sorted(set(counts) - {OUT_OF_SCOPE}))
         if len(labels) < 2:
-            raise DataError(f"a router needs prompts of at least two domains, found {labels}")
+            raise DataError(f"a router needs prompts of at least two domains, found {list(labels)}")
         if rare := [domain for domain, count in counts.items() if count < 2]:
             raise DataError(f"a router needs at least two prompts of every domain: {rare[0]!r}")
         place = {label: index for index, label in enumerate((*labels, OUT_OF_SCOPE))}

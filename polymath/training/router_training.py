@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["RouterRecipe", "train_router"]
 
 WORK_FOLDER = ".training"
+CARD_FILE = "router.json"
 ENCODE_BATCH = 16
 CALIBRATION_TEXTS = 256
 """Prompts on which the ranges of int8 activations are found."""
@@ -55,6 +56,8 @@ PROBED_ROWS = 4000
 """Prompts on which the head starts before fine-tuning."""
 HELD_OUT_SHARE = 0.08
 """Prompts kept from fine-tuning, on which confidence is calibrated."""
+MOST_HELD_OUT = 0.5
+"""The same where there are few prompts a domain."""
 LOST_SHARE = 0.02
 """In-scope prompts that may be taken for out of scope."""
 REFERENCES_PER_DOMAIN = 128
@@ -123,7 +126,7 @@ class _Training:
         self._fingerprint = fingerprint(rows)
 
     def run(self, licence: str, withheld: Collection[str]) -> RouterArtifact:
-        self._work.mkdir(parents=True, exist_ok=True)
+        self._open_work_folder()
         vectors = self._encode(self._frozen(), self._data.rows, "encoding prompts")
         regularisation, frozen_scores = self._validated_head(vectors)
         if self._recipe.finetune is None:
@@ -144,10 +147,25 @@ class _Training:
         shutil.rmtree(self._work, ignore_errors=True)
         return artifact
 
+    def _open_work_folder(self) -> None:
+        """Drop what an unfinished run of another encoder, other data or another seed left."""
+        recipe = self._recipe.model_dump_json(include={"inverse_regularisation", "seed"})
+        key, file = f"{self._source}:{self._fingerprint}:{recipe}", self._work / "key"
+        if file.exists() and file.read_text(encoding="utf-8") != key:
+            shutil.rmtree(self._work)
+        self._work.mkdir(parents=True, exist_ok=True)
+        file.write_text(key, encoding="utf-8")
+
+    def _install(self, encoder: Path) -> None:
+        """Put an encoder into the router folder; it must not meet the head of an older router."""
+        (self._out / CARD_FILE).unlink(missing_ok=True)
+        for file in encoder.iterdir():
+            shutil.copyfile(file, self._out / file.name)
+
     def _frozen(self) -> SentenceEncoder:
         """The encoder as it came, in int8."""
         folder = self._work / "frozen"
-        if not (folder / "model.onnx").exists():
+        if not folder.exists():
             self._export(self._folder, folder)
         return SentenceEncoder(folder, self._recipe.threads)
 
@@ -161,10 +179,8 @@ class _Training:
         self._progress("encoder: export to int8", 0, 1)
         partial = target.with_name(target.name + ".partial")
         export_encoder(source, partial, [self._data.rows[index].text for index in some])
-        target.mkdir(parents=True, exist_ok=True)
-        for file in partial.iterdir():
-            file.replace(target / file.name)
-        partial.rmdir()
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
         self._progress("encoder: export to int8", 1, 1)
 
     def _encode(self, encoder: Encoder, rows: Sequence[PromptRow], stage: str) -> Vectors:
@@ -222,8 +238,7 @@ class _Training:
         """A head on the frozen encoder, with out-of-fold logits and targets of all rows."""
         data, seed = self._data, self._recipe.seed
         logits = out_of_fold_logits(vectors, data.targets, data.weights, value, seed)
-        for file in (self._work / "frozen").iterdir():
-            shutil.copyfile(file, self._out / file.name)
+        self._install(self._work / "frozen")
         return fit_head(vectors, data.targets, data.weights, value), logits, data.targets
 
     def _validated_finetuning(self, vectors: Vectors, value: float) -> dict[str, float]:
@@ -255,12 +270,10 @@ class _Training:
         stage: str,
     ) -> tuple[SentenceEncoder, LinearHead]:
         """An encoder fine-tuned on some of the rows, in int8, and its head."""
-        import numpy as np
         import torch
 
         torch.set_num_threads(self._recipe.threads)
-        size = min(PROBED_ROWS, len(kept))
-        probed = np.random.default_rng(recipe.seed).choice(kept, size, replace=False)
+        probed = self._probed(kept, recipe.seed)
         start = self._data.take(probed)
         head = fit_head(vectors[probed], start.targets, start.weights, value)
         tuner = EncoderFinetuner(
@@ -271,6 +284,16 @@ class _Training:
         self._export(self._work / "tuned", self._work / "tuned-int8")
         return SentenceEncoder(self._work / "tuned-int8", self._recipe.threads), tuner.head()
 
+    def _probed(self, kept: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+        """Some of the rows, with all those of a domain that would have none."""
+        import numpy as np
+
+        size = min(PROBED_ROWS, len(kept))
+        some = np.random.default_rng(seed).choice(kept, size, replace=False)
+        targets = self._data.targets
+        missing = np.isin(targets[kept], targets[some], invert=True)
+        return np.concatenate([some, kept[missing]])
+
     def _finetuned(
         self, vectors: Vectors, value: float
     ) -> tuple[LinearHead, Vectors, NDArray[np.int64]]:
@@ -279,17 +302,17 @@ class _Training:
         from sklearn.model_selection import train_test_split
 
         assert self._recipe.finetune is not None
+        least = 2 * (len(self._data.labels) + 1) / len(self._data.rows)
         kept, held_out = train_test_split(
             np.arange(len(self._data.rows)),
-            test_size=max(HELD_OUT_SHARE, 2 * (len(self._data.labels) + 1) / len(self._data.rows)),
+            test_size=min(MOST_HELD_OUT, max(HELD_OUT_SHARE, least)),
             stratify=self._data.targets,
             random_state=self._recipe.seed,
         )
         tuned, head = self._finetune(
             kept, vectors, value, self._recipe.finetune, "fine-tuning on all sources"
         )
-        for file in (self._work / "tuned-int8").iterdir():
-            shutil.copyfile(file, self._out / file.name)
+        self._install(self._work / "tuned-int8")
         rows = [self._data.rows[index] for index in held_out]
         encoded = self._encode(tuned, rows, "measuring on held-out prompts")
         return head, head.logits(encoded), self._data.targets[held_out]

@@ -350,16 +350,57 @@ def test_a_router_that_was_trained_can_be_measured(config: Path, tmp_path: Path)
     ]
     folder = tmp_path / "router"
     printed = output("train", "router", "--data", *files, "--out", folder)
-    assert printed.startswith(f"{folder}: 3 domains, 24 prompts; out of fold: accuracy ")
+    assert printed.startswith(f"{folder}: frozen encoder, 3 domains, 24 prompts; held out: ")
     assert {file.name for file in folder.iterdir()} == {
         "router.json",
         "head.safetensors",
         "references.jsonl",
+        "model.onnx",
+        "tokenizer.json",
     }
     measured = json.loads(
         output("eval", "router", "--data", *files, "--router", folder, "-c", config, "--json")
     )
     assert (measured["n"], measured["accuracy"]) == (24, 1.0)
+
+
+def test_sources_that_were_left_out_are_printed(tmp_path: Path) -> None:
+    labelled = [
+        {**row, "source": source}
+        for domain, prompts in PROMPTS.items()
+        for row, source in zip(rows(domain, prompts), ["a", "b"] * 4, strict=True)
+    ]
+    file = write_jsonl(tmp_path / "prompts.jsonl", labelled)
+    lines = output("train", "router", "--data", file, "--out", tmp_path / "r").splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == [
+        "a left out",
+        "b left out",
+        "mean of 2 sources left out",
+    ]
+
+
+def test_eval_router_writes_a_report(config: Path, prompts: list[Path], tmp_path: Path) -> None:
+    output("eval", "router", "--data", *prompts, "-c", config, "--report", tmp_path / "report")
+    page = (tmp_path / "report" / "router.html").read_text(encoding="utf-8")
+    assert "Confusion matrix" in page
+    assert "Reliability" in page
+
+
+def test_eval_router_compares_two_folders(config: Path, prompts: list[Path]) -> None:
+    folder = f"{DEMO}/router"
+    same = ("--compare", folder, folder, "--json")
+    compared = json.loads(output("eval", "router", "--data", *prompts, "-c", config, *same))
+    assert (compared["only_first_right"], compared["only_second_right"]) == (0, 0)
+    assert compared["p_value"] == 1.0
+
+
+def test_eval_router_measures_conversations(config: Path, tmp_path: Path) -> None:
+    turns = ["What is 12 times 7?", "and why is that?"]
+    row = {"turns": turns, "domains": ["math", "math"]}
+    file = write_jsonl(tmp_path / "talk.jsonl", [row])
+    args = ("--data", file, "-c", config, "--conversations", "--json")
+    measured = json.loads(output("eval", "router", *args))
+    assert (measured["conversations"], measured["turns"]) == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -740,5 +740,31 @@ def test_lines_are_known_for_later_problems(tmp_path: Path) -> None:
 
 def test_a_key_that_was_left_out_has_the_line_of_its_section(tmp_path: Path) -> None:
     file = load(tmp_path, GOOD)
-    line = file.problem(("router", "encoder"), "missing")
-    assert line == f"{file.path}:14: router.encoder: missing"
+    line = file.problem(("router", "rules"), "missing")
+    assert line == f"{file.path}:14: router.rules: missing"
+
+
+def test_a_rule_names_an_expert_that_exists(tmp_path: Path) -> None:
+    rules = "  rules:\n    - {expert: lwa, keyword: tenant}\n"
+    (problem,) = problems(tmp_path, GOOD.rstrip("\n") + "\n" + rules)
+    assert problem.endswith("router.rules.0.expert: no expert 'lwa'; did you mean law?")
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("{expert: law}", "a rule needs one of keyword, regex, header, system_prompt"),
+        ("{expert: law, regex: '('}", "not a regular expression: missing )"),
+    ],
+)
+def test_a_rule_that_could_not_match_is_an_error(tmp_path: Path, rule: str, reason: str) -> None:
+    text = GOOD.rstrip("\n") + f"\n  rules:\n    - {rule}\n"
+    (problem,) = problems(tmp_path, text)
+    assert "router.rules.0" in problem
+    assert reason in problem
+
+
+def test_examples_belong_to_the_first_domain_of_their_expert(tmp_path: Path) -> None:
+    keys = ("kind: base", "base_model: tiny", "domains: [cooking, baking]", "examples: [rice?]")
+    text = with_expert(*keys)
+    assert load(tmp_path, text).settings.examples() == {"cooking": ("rice?",)}

