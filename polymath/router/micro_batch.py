@@ -79,12 +79,11 @@ class MicroBatcher:
     def _run(self, batch: list[_Pending]) -> None:
         try:
             vectors = self._encoder.encode([item.text for item in batch])
+            for item, vector in zip(batch, vectors, strict=True):
+                item.vector = vector
         except Exception as error:  # noqa: BLE001 - raised again in the thread of each request
             for item in batch:
                 item.error = error
-            return
-        for item, vector in zip(batch, vectors, strict=True):
-            item.vector = vector
 
     def _result(self, item: _Pending) -> NDArray[np.float32]:
         if item.error is not None:

@@ -7,6 +7,7 @@ the trained router's reference prompts, nearly all of which belong elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -65,12 +66,11 @@ class Prototypes:
         Args:
             vector: [dimensions], unit length.
         """
-        import numpy as np
-
         near = self._shortlist(vector)
         scores = (self._means[near] @ vector - self._middle[near]) * self._slope[near]
         best = _largest(scores, CONSIDERED)
-        return {self.domains[near[place]]: float(np.exp(scores[place])) for place in best.tolist()}
+        # math.exp is in float64: float32 ends at e^88, and wildly different examples go beyond
+        return {self.domains[near[place]]: math.exp(scores[place]) for place in best.tolist()}
 
     def _shortlist(self, vector: Floats) -> NDArray[np.intp]:
         import numpy as np

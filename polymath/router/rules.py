@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def _compiles(pattern: str) -> str:
     try:
         regex.compile(pattern)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error}") from error
     return pattern
 
@@ -75,9 +75,13 @@ class Rule:
         self.expert = settings.expert
         self.name = settings.name or _described(settings, words)
         self._patterns = [
-            (_any_word(words) if words else None, "user"),
-            (settings.regex, "user"),
-            (settings.system_prompt, "system"),
+            (regex.compile(pattern), role)
+            for pattern, role in (
+                (_any_word(words) if words else None, "user"),
+                (settings.regex, "user"),
+                (settings.system_prompt, "system"),
+            )
+            if pattern is not None
         ]
         self._headers = {name.lower(): value for name, value in settings.header.items()}
 
@@ -85,15 +89,12 @@ class Rule:
         """Whether all conditions hold."""
         texts = {"user": user, "system": system}
         return all(headers.get(name) == value for name, value in self._headers.items()) and all(
-            self._found(pattern, texts[role])
-            for pattern, role in self._patterns
-            if pattern is not None
+            self._found(pattern, texts[role]) for pattern, role in self._patterns
         )
 
-    def _found(self, pattern: str, text: str) -> bool:
+    def _found(self, pattern: regex.Pattern[str], text: str) -> bool:
         try:
-            searched = text[:LONGEST_TEXT]
-            return regex.search(pattern, searched, timeout=SEARCH_SECONDS) is not None
+            return pattern.search(text[:LONGEST_TEXT], timeout=SEARCH_SECONDS) is not None
         except TimeoutError:
             log.warning("rule %r: the search took too long and was given up", self.name)
             return False

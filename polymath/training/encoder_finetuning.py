@@ -50,7 +50,9 @@ class FinetuneRecipe(BaseModel):
     prompts: int = Field(default=16_000, ge=1)
     """Prompts seen, drawn with the weights of the rows."""
     batch_size: int = Field(default=32, ge=2)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
+    frozen_layers: int = Field(default=2, ge=0)
+    """Lowest layers that stay as they are, like the embeddings; the last layer always learns."""
     max_tokens: int = Field(default=128, ge=8)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     contrastive: float = Field(default=0.0, ge=0)
@@ -86,7 +88,7 @@ class EncoderFinetuner:
         self._checkpoint = checkpoint
         self._fingerprint = f"{fingerprint(data.rows)}:{recipe.model_dump_json()}"
         self._source = source
-        self._bert = _bert(source)
+        self._bert = _bert(source, recipe.frozen_layers)
         self._head = torch.nn.Linear(head.weight.shape[1], head.weight.shape[0])
         with torch.no_grad():
             self._head.weight.copy_(torch.from_numpy(head.weight))
@@ -221,8 +223,8 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (WARMUP_SHARE * steps)) * (1 - step / steps)
 
 
-def _bert(source: Path) -> Any:
-    """The model, with its embeddings frozen."""
+def _bert(source: Path, frozen_layers: int) -> Any:
+    """The model, with its embeddings and lowest layers frozen."""
     import torch
     from transformers import AutoModel
 
@@ -230,8 +232,9 @@ def _bert(source: Path) -> Any:
 
     with quiet_loading():
         bert = AutoModel.from_pretrained(source, dtype=torch.float32)
-    for weight in bert.embeddings.parameters():
-        weight.requires_grad_(False)
+    lowest = bert.encoder.layer[: min(frozen_layers, len(bert.encoder.layer) - 1)]
+    for part in (bert.embeddings, *lowest):
+        part.requires_grad_(False)
     return bert
 
 

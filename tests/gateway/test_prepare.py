@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -228,7 +227,9 @@ def test_an_unsure_router_may_not_combine_experts_of_different_vocabularies(
     rewrite(demo_copy, lambda text: text.replace("experts:\n", experts, 1))
     rewrite(demo_copy, lambda text: text.replace("  sticky: 0.3\n", "  combine: ensemble\n"))
     found = problems(demo_copy)
-    assert any("router.combine: the base models tiny and foreign have different" in p for p in found)
+    assert any(
+        "router.combine: the base models tiny and foreign have different" in p for p in found
+    )
 
 
 def test_the_router_opens_without_any_base_model(demo_copy: Path) -> None:

