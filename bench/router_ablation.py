@@ -23,6 +23,7 @@ from polymath.training import (
     LinearHead,
     PromptRow,
     SourceFold,
+    encode_prompts,
     fit_head,
     read_prompts,
     source_folds,
@@ -78,7 +79,7 @@ class _Bench:
         self._calibration = [texts[index] for index in some]
         export_encoder(self._source, work / "frozen", self._calibration)
         self._encoder = SentenceEncoder(work / "frozen", threads=2)
-        self._vectors = _encode(self._encoder, texts)
+        self._vectors = encode_prompts(self._encoder, self._rows)
         self._folds = source_folds(self._rows)
 
     def print_frozen(self) -> None:
@@ -129,7 +130,7 @@ class _Bench:
             print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
 
     def _fold(self, fold: SourceFold, usable: NDArray[np.int64], scorer: Any) -> float:
-        kept = np.setdiff1d(usable, fold.held_out)
+        kept = np.intersect1d(usable, fold.kept(len(self._rows)))
         data = LabelledPrompts.of([self._rows[index] for index in kept])
         scores = scorer(self._vectors[kept], data)
         return self._accuracy(scores(self._vectors[list(fold.held_out)]), data, fold)
@@ -169,7 +170,7 @@ class _Bench:
     def _finetuned(
         self, fold: SourceFold, usable: NDArray[np.int64], recipe: FinetuneRecipe
     ) -> float:
-        kept = np.setdiff1d(usable, fold.held_out)
+        kept = np.intersect1d(usable, fold.kept(len(self._rows)))
         data = LabelledPrompts.of([self._rows[index] for index in kept])
         start = fit_head(self._vectors[kept], data.targets, data.weights, REGULARISATION)
         tuner = EncoderFinetuner(self._source, data, start, recipe, self._work / "checkpoint.pt")
@@ -177,17 +178,8 @@ class _Bench:
         tuner.save(self._work / "tuned")
         export_encoder(self._work / "tuned", self._work / "int8", self._calibration)
         encoder = SentenceEncoder(self._work / "int8", threads=2)
-        vectors = _encode(encoder, [self._rows[index].text for index in fold.held_out])
+        vectors = encode_prompts(encoder, [self._rows[index] for index in fold.held_out])
         return self._accuracy(tuner.head().logits(vectors), data, fold)
-
-
-def _encode(encoder: SentenceEncoder, texts: Sequence[str]) -> NDArray[np.float32]:
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    vectors = np.empty((len(texts), encoder.dimensions), dtype=np.float32)
-    for start in range(0, len(order), 16):
-        batch = order[start : start + 16]
-        vectors[batch] = encoder.encode([texts[index] for index in batch])
-    return vectors
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

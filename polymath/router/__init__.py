@@ -12,7 +12,7 @@ from polymath.router.decision import (
     Why,
 )
 from polymath.router.encoder import MAX_TOKENS, SentenceEncoder, head_and_tail, open_tokenizer
-from polymath.router.encoder_export import export_encoder, locate_encoder
+from polymath.router.encoder_export import encoder_length, export_encoder, locate_encoder
 from polymath.router.encoder_router import EncoderRouter, calibrated
 from polymath.router.micro_batch import Encoder
 from polymath.router.policy import Policy
@@ -40,6 +40,7 @@ __all__ = [
     "Why",
     "build_router",
     "calibrated",
+    "encoder_length",
     "export_encoder",
     "head_and_tail",
     "locate_encoder",

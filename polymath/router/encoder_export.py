@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["export_encoder", "locate_encoder"]
+__all__ = ["encoder_length", "export_encoder", "locate_encoder"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -53,6 +53,15 @@ def locate_encoder(source: str) -> Path:
     return folder
 
 
+def encoder_length(source: Path) -> int:
+    """Tokens that the encoder in a Hugging Face folder reads at most.
+
+    Raises:
+        ModelSourceError: its `config.json` is not that of a BERT model.
+    """
+    return min(MAX_TOKENS, _config(source).max_position_embeddings)
+
+
 def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> None:
     """Write `model.onnx` (int8) and `tokenizer.json`.
 
@@ -67,7 +76,7 @@ def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> No
 
     tokenizer = open_tokenizer(source)
     config, weights, pooling = _config(source), _weights(source), _pooling(source)
-    most = min(MAX_TOKENS, config.max_position_embeddings)
+    most = encoder_length(source)
     ids = [
         head_and_tail(encoding.ids, most) for encoding in tokenizer.encode_batch_fast(calibration)
     ]

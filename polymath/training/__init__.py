@@ -21,6 +21,7 @@ from polymath.training.lora import LoraTrainer
 from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
 from polymath.training.prompt_styles import restyle, with_typos
+from polymath.training.prompt_vectors import encode_prompts
 from polymath.training.recipe import ExpertReport, LoraRecipe
 from polymath.training.router_evaluation import (
     RoutedPrompt,
@@ -33,6 +34,7 @@ from polymath.training.router_training import RouterRecipe, train_router
 from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "encode_prompts",
     "source_folds",
     "fit_head",
     "SourceFold",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.errors import DataError
+from polymath.experts import quiet_loading
 from polymath.router import head_and_tail
 from polymath.training.data import fingerprint
 from polymath.training.labelled import LabelledPrompts
@@ -121,7 +122,7 @@ class EncoderFinetuner:
             optimizer.zero_grad()
             schedule.step()
             advance(step + 1, total, loss.item())
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if step + 1 == total or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save(optimizer, schedule, step + 1)
                 saved = time.monotonic()
         self._bert.eval()
@@ -133,12 +134,12 @@ class EncoderFinetuner:
         )
 
     def save(self, folder: Path) -> None:
-        """Write the encoder as a Hugging Face folder, tokenizer included; drop the checkpoint."""
+        """Write the encoder as a Hugging Face folder, tokenizer included."""
         import shutil
 
-        self._bert.save_pretrained(folder)
+        with quiet_loading():
+            self._bert.save_pretrained(folder)
         shutil.copyfile(self._source / "tokenizer.json", folder / "tokenizer.json")
-        self._checkpoint.unlink(missing_ok=True)
 
     def _loss(self, rows: Sequence[Sequence[int]], targets: Sequence[int]) -> torch.Tensor:
         import torch
@@ -227,8 +228,6 @@ def _bert(source: Path, frozen_layers: int) -> Any:
     """The model, with its embeddings and lowest layers frozen."""
     import torch
     from transformers import AutoModel
-
-    from polymath.experts import quiet_loading
 
     with quiet_loading():
         bert = AutoModel.from_pretrained(source, dtype=torch.float32)

@@ -82,4 +82,4 @@ def fit_temperature(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
         probabilities = calibrated(logits, float(np.exp(log_temperature)))
         return -float(np.log(probabilities[rows, targets] + 1e-12).mean())
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=(-6.0, 6.0), method="bounded").x))

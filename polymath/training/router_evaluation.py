@@ -100,7 +100,7 @@ def evaluate_conversations(
         messages: list[Message] = []
         for text, domain in zip(row.turns, row.domains, strict=True):
             messages.append(_user(text))
-            correct.append(router.route(messages).domain == domain)
+            correct.append(_is_right(router.route(messages), domain))
             messages.append({"role": "assistant", "content": ""})
         advance(1)
     return {
@@ -108,6 +108,12 @@ def evaluate_conversations(
         "turns": len(correct),
         "turn_accuracy": round(accuracy(correct), DIGITS),
     }
+
+
+def _is_right(decision: RouteDecision, domain: str) -> bool:
+    if domain == OUT_OF_SCOPE:
+        return decision.source == "fallback"
+    return decision.domain == domain
 
 
 def _in_scope_report(routed: Sequence[RoutedPrompt]) -> dict[str, Any]:

@@ -7,10 +7,10 @@ one data set at a time, and the better one is kept. Calibration is fitted on pro
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.artifacts import Progress, no_progress
 from polymath.router import (
-    Encoder,
-    Reference,
     RouterArtifact,
     RouterCard,
     SentenceEncoder,
     calibrated,
+    encoder_length,
     export_encoder,
     locate_encoder,
 )
@@ -37,7 +36,16 @@ from polymath.training.linear_head import (
     out_of_fold_logits,
 )
 from polymath.training.metrics import accuracy, expected_calibration_error
-from polymath.training.source_folds import SourceFold, source_folds
+from polymath.training.prompt_vectors import encode_prompts
+from polymath.training.reference_prompts import choose_references
+from polymath.training.router_validation import (
+    FoldJournal,
+    domain_accuracy,
+    mean_score,
+    some_rows,
+    validated_head,
+)
+from polymath.training.source_folds import source_folds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +57,6 @@ __all__ = ["RouterRecipe", "train_router"]
 
 WORK_FOLDER = ".training"
 CARD_FILE = "router.json"
-ENCODE_BATCH = 16
 CALIBRATION_TEXTS = 256
 """Prompts on which the ranges of int8 activations are found."""
 PROBED_ROWS = 4000
@@ -60,10 +67,6 @@ MOST_HELD_OUT = 0.5
 """The same where there are few prompts a domain."""
 LOST_SHARE = 0.02
 """In-scope prompts that may be taken for out of scope."""
-REFERENCES_PER_DOMAIN = 128
-REFERENCE_CANDIDATES = 512
-REFERENCE_CHARACTERS = 240
-SAME_VECTOR_DIGITS = 4
 
 
 class RouterRecipe(BaseModel):
@@ -120,6 +123,8 @@ class _Training:
         self._folder = locate_encoder(encoder)
         self._out = out
         self._work = out / WORK_FOLDER
+        self._checkpoint = self._work / "checkpoint.pt"
+        self._max_tokens = encoder_length(self._folder)
         self._recipe = recipe
         self._progress = progress
         self._folds = source_folds(rows, recipe.seed)
@@ -127,14 +132,23 @@ class _Training:
 
     def run(self, licence: str, withheld: Collection[str]) -> RouterArtifact:
         self._open_work_folder()
-        vectors = self._encode(self._frozen(), self._data.rows, "encoding prompts")
-        regularisation, frozen_scores = self._validated_head(vectors)
+        vectors = encode_prompts(
+            self._frozen(), self._data.rows, partial(self._progress, "encoding prompts")
+        )
+        regularisation, frozen_scores = validated_head(
+            self._data,
+            vectors,
+            self._folds,
+            self._recipe.inverse_regularisation,
+            self._recipe.seed,
+            partial(self._progress, "frozen encoder: validation"),
+        )
         if self._recipe.finetune is None:
             trained = self._with_head(vectors, regularisation)
             scores, finetuned = frozen_scores, False
         else:
             tuned_scores = self._validated_finetuning(vectors, regularisation)
-            finetuned = not tuned_scores or _mean(tuned_scores) >= _mean(frozen_scores)
+            finetuned = not tuned_scores or mean_score(tuned_scores) >= mean_score(frozen_scores)
             scores = tuned_scores if finetuned else frozen_scores
             trained = (
                 self._finetuned(vectors, regularisation)
@@ -167,7 +181,10 @@ class _Training:
         folder = self._work / "frozen"
         if not folder.exists():
             self._export(self._folder, folder)
-        return SentenceEncoder(folder, self._recipe.threads)
+        return self._open(folder)
+
+    def _open(self, folder: Path) -> SentenceEncoder:
+        return SentenceEncoder(folder, self._recipe.threads, self._max_tokens)
 
     def _export(self, source: Path, target: Path) -> None:
         import numpy as np
@@ -177,60 +194,11 @@ class _Training:
             len(self._data.rows), size, replace=False
         )
         self._progress("encoder: export to int8", 0, 1)
-        partial = target.with_name(target.name + ".partial")
-        export_encoder(source, partial, [self._data.rows[index].text for index in some])
+        staging = target.with_name(target.name + ".partial")
+        export_encoder(source, staging, [self._data.rows[index].text for index in some])
         shutil.rmtree(target, ignore_errors=True)
-        partial.replace(target)
+        staging.replace(target)
         self._progress("encoder: export to int8", 1, 1)
-
-    def _encode(self, encoder: Encoder, rows: Sequence[PromptRow], stage: str) -> Vectors:
-        """Vectors of the rows; batched by length, so that little is spent on padding."""
-        import numpy as np
-
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].text))
-        blocks = []
-        for start in range(0, len(order), ENCODE_BATCH):
-            batch = order[start : start + ENCODE_BATCH]
-            blocks.append(encoder.encode([rows[index].text for index in batch]))
-            self._progress(stage, start + len(batch), len(order))
-        vectors = np.empty((len(rows), blocks[0].shape[1]), dtype=np.float32)
-        vectors[order] = np.concatenate(blocks)
-        return vectors
-
-    def _validated_head(self, vectors: Vectors) -> tuple[float, dict[str, float]]:
-        """The best regularisation, and the accuracy on each source when it is left out."""
-        candidates = self._recipe.inverse_regularisation
-        scores: dict[float, dict[str, float]] = {}
-        for done, value in enumerate(candidates):
-            scores[value] = {
-                fold.name: self._fold_accuracy(fold, vectors, value) for fold in self._folds
-            } or {"": self._out_of_fold_accuracy(vectors, value)}
-            self._progress("frozen encoder: validation", done + 1, len(candidates))
-        best = max(candidates, key=lambda value: _mean(scores[value]))
-        return best, {name: score for name, score in scores[best].items() if name}
-
-    def _fold_accuracy(self, fold: SourceFold, vectors: Vectors, value: float) -> float:
-        kept = self._kept(fold)
-        data = self._data.take(kept)
-        head = fit_head(vectors[kept], data.targets, data.weights, value)
-        held_out = list(fold.held_out)
-        return self._accuracy(head.logits(vectors[held_out]), self._data.targets[held_out])
-
-    def _out_of_fold_accuracy(self, vectors: Vectors, value: float) -> float:
-        data = self._data
-        logits = out_of_fold_logits(vectors, data.targets, data.weights, value, self._recipe.seed)
-        return self._accuracy(logits, data.targets)
-
-    def _accuracy(self, logits: Vectors, targets: NDArray[np.int64]) -> float:
-        """Share of the in-scope rows whose domain is right."""
-        inside = targets < len(self._data.labels)
-        guesses = logits[inside][:, : len(self._data.labels)].argmax(axis=1)
-        return accuracy((guesses == targets[inside]).tolist())
-
-    def _kept(self, fold: SourceFold) -> NDArray[np.int64]:
-        import numpy as np
-
-        return np.setdiff1d(np.arange(len(self._data.rows)), np.array(fold.held_out))
 
     def _with_head(
         self, vectors: Vectors, value: float
@@ -247,18 +215,21 @@ class _Training:
         if not self._recipe.fold_prompts:
             return {}
         recipe = self._recipe.finetune.model_copy(update={"prompts": self._recipe.fold_prompts})
-        journal = _Journal(
+        journal = FoldJournal(
             self._work / "folds.json", f"{self._fingerprint}:{recipe.model_dump_json()}"
         )
+        rows = self._data.rows
         for fold in self._folds:
             if fold.name in journal.scores:
                 continue
             stage = f"fine-tuning without {fold.name}"
-            tuned, head = self._finetune(self._kept(fold), vectors, value, recipe, stage)
-            rows = [self._data.rows[index] for index in fold.held_out]
-            encoded = self._encode(tuned, rows, f"measuring on {fold.name}")
+            tuned, head = self._finetune(fold.kept(len(rows)), vectors, value, recipe, stage)
+            held_out = [rows[index] for index in fold.held_out]
+            measuring = partial(self._progress, f"measuring on {fold.name}")
+            logits = head.logits(encode_prompts(tuned, held_out, measuring))
             targets = self._data.targets[list(fold.held_out)]
-            journal.add(fold.name, self._accuracy(head.logits(encoded), targets))
+            journal.add(fold.name, domain_accuracy(logits, targets, len(self._data.labels)))
+            self._checkpoint.unlink(missing_ok=True)
         return journal.scores
 
     def _finetune(
@@ -273,26 +244,16 @@ class _Training:
         import torch
 
         torch.set_num_threads(self._recipe.threads)
-        probed = self._probed(kept, recipe.seed)
+        probed = some_rows(self._data, kept, PROBED_ROWS, recipe.seed)
         start = self._data.take(probed)
         head = fit_head(vectors[probed], start.targets, start.weights, value)
         tuner = EncoderFinetuner(
-            self._folder, self._data.take(kept), head, recipe, self._work / "checkpoint.pt"
+            self._folder, self._data.take(kept), head, recipe, self._checkpoint
         )
         tuner.train(lambda done, total, loss: self._progress(stage, done, total))
         tuner.save(self._work / "tuned")
         self._export(self._work / "tuned", self._work / "tuned-int8")
-        return SentenceEncoder(self._work / "tuned-int8", self._recipe.threads), tuner.head()
-
-    def _probed(self, kept: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-        """Some of the rows, with all those of a domain that would have none."""
-        import numpy as np
-
-        size = min(PROBED_ROWS, len(kept))
-        some = np.random.default_rng(seed).choice(kept, size, replace=False)
-        targets = self._data.targets
-        missing = np.isin(targets[kept], targets[some], invert=True)
-        return np.concatenate([some, kept[missing]])
+        return self._open(self._work / "tuned-int8"), tuner.head()
 
     def _finetuned(
         self, vectors: Vectors, value: float
@@ -314,7 +275,8 @@ class _Training:
         )
         self._install(self._work / "tuned-int8")
         rows = [self._data.rows[index] for index in held_out]
-        encoded = self._encode(tuned, rows, "measuring on held-out prompts")
+        measuring = partial(self._progress, "measuring on held-out prompts")
+        encoded = encode_prompts(tuned, rows, measuring)
         return head, head.logits(encoded), self._data.targets[held_out]
 
     def _artifact(
@@ -330,14 +292,20 @@ class _Training:
         data = self._data
         temperature = fit_temperature(held_out, targets)
         probabilities = calibrated(held_out, temperature)
-        encoder = SentenceEncoder(self._out, self._recipe.threads)
-        references, vectors = self._references(encoder, withheld)
+        references, vectors = choose_references(
+            data,
+            self._open(self._out),
+            self._recipe.seed,
+            withheld,
+            partial(self._progress, "choosing reference prompts"),
+        )
         recipe = self._recipe.model_dump(mode="json", exclude={"threads"})
         counts = Counter(row.family for row in data.rows)
         return RouterArtifact(
             card=RouterCard(
                 encoder=self._source,
                 finetuned=finetuned,
+                max_tokens=self._max_tokens,
                 labels=data.labels,
                 temperature=temperature,
                 out_of_scope=_threshold(probabilities, targets) if data.knows_none else None,
@@ -353,54 +321,6 @@ class _Training:
             vectors=vectors,
             references=references,
         )
-
-    def _references(
-        self, encoder: Encoder, withheld: Collection[str]
-    ) -> tuple[tuple[Reference, ...], Vectors]:
-        """For each domain the prompts nearest the centres of as many clusters: a wide sample."""
-        import numpy as np
-
-        rng = np.random.default_rng(self._recipe.seed)
-        chosen: list[int] = []
-        for target in range(len(self._data.labels)):
-            members = np.flatnonzero(self._data.targets == target)
-            size = min(REFERENCE_CANDIDATES, len(members))
-            chosen += sorted(rng.choice(members, size, replace=False).tolist())
-        candidates = [self._data.rows[index] for index in chosen]
-        vectors = self._encode(encoder, candidates, "choosing reference prompts")
-        kept = [
-            place
-            for target in range(len(self._data.labels))
-            for place in _spread(
-                vectors, np.flatnonzero(self._data.targets[chosen] == target), self._recipe.seed
-            )
-        ]
-        references = [
-            _reference(self._data.rows[chosen[place]], chosen[place], withheld) for place in kept
-        ]
-        return tuple(references), vectors[kept]
-
-
-class _Journal:
-    """Scores of finished folds, kept on disk so that a killed run goes on."""
-
-    def __init__(self, file: Path, key: str) -> None:
-        self._file = file
-        self._key = key
-        self.scores: dict[str, float] = {}
-        if file.exists():
-            values = json.loads(file.read_text())
-            self.scores = values["scores"] if values["key"] == key else {}
-
-    def add(self, name: str, score: float) -> None:
-        self.scores[name] = score
-        partial = self._file.with_suffix(".tmp")
-        partial.write_text(json.dumps({"key": self._key, "scores": self.scores}))
-        partial.replace(self._file)
-
-
-def _mean(scores: dict[str, float]) -> float:
-    return sum(scores.values()) / len(scores) if scores else 0.0
 
 
 def _threshold(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
@@ -422,20 +342,3 @@ def _metrics(
         "accuracy": round(accuracy(correct), 4),
         "ece": round(expected_calibration_error(domains.max(axis=1).tolist(), correct), 4),
     }
-
-
-def _spread(vectors: Vectors, members: NDArray[np.int64], seed: int) -> list[int]:
-    import numpy as np
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import pairwise_distances_argmin
-
-    distinct = len(np.unique(vectors[members].round(SAME_VECTOR_DIGITS), axis=0))
-    clusters = min(REFERENCES_PER_DOMAIN, distinct)
-    means = KMeans(clusters, n_init=1, random_state=seed).fit(vectors[members])
-    nearest = pairwise_distances_argmin(means.cluster_centers_, vectors[members])
-    return sorted({int(members[index]) for index in nearest})
-
-
-def _reference(row: PromptRow, index: int, withheld: Collection[str]) -> Reference:
-    text = "" if row.family in withheld else row.text[:REFERENCE_CHARACTERS]
-    return Reference(id=f"{row.source or 'prompt'}#{index}", text=text, domain=row.domain)

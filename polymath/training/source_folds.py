@@ -5,12 +5,19 @@ data set, half of its sub-sources (the whole `source`) are left out instead, as 
 be learned otherwise. Rows without a source are trained on in every fold.
 """
 
+from __future__ import annotations
+
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from polymath.training.data import OUT_OF_SCOPE, PromptRow
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["SourceFold", "source_folds"]
 
@@ -25,6 +32,12 @@ class SourceFold:
 
     name: str
     held_out: tuple[int, ...]
+
+    def kept(self, rows: int) -> NDArray[np.int64]:
+        """Indices of the others, of so many rows in all."""
+        import numpy as np
+
+        return np.setdiff1d(np.arange(rows), np.array(self.held_out, dtype=np.int64))
 
 
 def source_folds(rows: Sequence[PromptRow], seed: int = 0) -> list[SourceFold]:

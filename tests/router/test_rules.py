@@ -19,7 +19,7 @@ PATIENCE = 20 * SEARCH_SECONDS
 
 HOSTILE = {
     "nested repeats": ("(a+)+$", "a" * 5_000 + "b"),
-    "words and spaces": (r"^(\w+\s?)*$", "word " * 1_000 + "!"),
+    "words and spaces": (r"(\w+\s?)*$", "word " * 1_000 + "!"),
     "alternatives that overlap": ("(a|aa)+$", "a" * 5_000 + "b"),
     "a capital that never comes": ("^(([a-z])+.)+[A-Z]([a-z])+$", "a" * 5_000),
 }
@@ -75,7 +75,7 @@ def test_a_lone_keyword_is_a_list_of_one() -> None:
         assert matches(rule(keyword="contract"), text) == matches(rule(keyword=["contract"]), text)
 
 
-@given(keyword=any_text.filter(bool), before=any_text, after=any_text)
+@given(keyword=st.text(min_size=1), before=any_text, after=any_text)
 @settings(max_examples=200)
 def test_a_keyword_between_spaces_is_found_in_any_text(
     keyword: str, before: str, after: str

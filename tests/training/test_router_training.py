@@ -29,6 +29,8 @@ from polymath.training import (
     router_training,
     train_router,
 )
+from polymath.training.encoder_finetuning import EncoderFinetuner
+from polymath.training.labelled import LabelledPrompts
 from tests.training.conftest import DOMAINS, WORDS, Killed, prompt_text, prompts, write_tiny_bert
 
 FROZEN = RouterRecipe(threads=1)
@@ -267,6 +269,28 @@ def test_without_a_source_to_leave_out_the_card_has_none(run: Run, recipe: Route
 def test_a_fine_tuning_without_validation_claims_none(run: Run) -> None:
     card = run(recipe=BRIEF).card
     assert (card.finetuned, card.left_out) == (True, {})
+
+
+def test_a_fine_tuning_never_sees_the_rows_that_it_is_measured_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the source left out, and in the end those on which confidence is calibrated."""
+    seen: list[set[int]] = []
+    places = {id(row): place for place, row in enumerate(ROWS)}
+
+    def noted(source: Path, data: LabelledPrompts, *rest: Any) -> EncoderFinetuner:
+        seen.append({places[id(row)] for row in data.rows})
+        return EncoderFinetuner(source, data, *rest)
+
+    monkeypatch.setattr(router_training, "EncoderFinetuner", noted)
+    progress = Progress()
+    run(recipe=FOLDED, progress=progress)
+    run(recipe=BRIEF, progress=progress)
+    first, second, final = seen[0], seen[1], seen[-1]
+    assert {ROWS[place].family for place in first} == {"second"}
+    assert {ROWS[place].family for place in second} == {"first"}
+    measured = {total for stage, _, total in progress.seen if "held-out prompts" in stage}
+    assert measured == {len(ROWS) - len(final)}
 
 
 def test_a_source_that_says_the_opposite_is_measured_as_such(run: Run) -> None:
