@@ -106,12 +106,11 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     only_first = sum(one and not other for one, other in pairs)
     only_second = sum(other and not one for one, other in pairs)
     n, least = only_first + only_second, min(only_first, only_second)
-    tail = math.fsum(math.exp(_log_binomial(n, k) - n * math.log(2)) for k in range(least + 1))
-    return McNemar(only_first, only_second, min(1.0, 2 * tail))
-
-
-def _log_binomial(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    ways = tail = 1
+    for k in range(least):
+        ways = ways * (n - k) // (k + 1)  # C(n, k + 1)
+        tail += ways
+    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
 
 
 def percentile(values: Sequence[float], share: float) -> float:
