@@ -15,7 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from polymath.errors import ModelSourceError
-from polymath.router import SentenceEncoder, export_encoder, locate_encoder, open_tokenizer
+from polymath.router import (
+    SentenceEncoder,
+    encoder_length,
+    export_encoder,
+    locate_encoder,
+    open_tokenizer,
+)
 from tests.router.conftest import (
     CALIBRATION,
     PACKAGE,
@@ -336,3 +342,17 @@ def test_a_folder_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None
 def test_special_tokens_of_the_tiny_tokenizer_are_berts(tiny_folder: Path) -> None:
     """What the comparisons above rest on."""
     assert open_tokenizer(tiny_folder).encode("a law").tokens == ["[CLS]", "a", "law", "[SEP]"]
+
+
+@pytest.mark.parametrize(("positions", "length"), [(64, 64), (256, 256), (512, 256)])
+def test_an_encoder_reads_what_it_has_positions_for_and_no_more_than_256(
+    folder: Path, positions: int, length: int
+) -> None:
+    edit_config(folder, max_position_embeddings=positions)
+    assert encoder_length(folder) == length
+
+
+def test_the_length_of_what_is_not_a_bert_model_is_unknown(folder: Path) -> None:
+    edit_config(folder, model_type="roberta")
+    with pytest.raises(ModelSourceError, match="encoders must be BERT models"):
+        encoder_length(folder)

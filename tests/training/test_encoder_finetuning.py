@@ -324,9 +324,12 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tiny_bert: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("frequent_checkpoints")
-def test_a_saved_encoder_leaves_no_checkpoint(tiny_bert: Path, tmp_path: Path) -> None:
+def test_a_finished_run_keeps_its_checkpoint_until_it_is_measured(
+    tiny_bert: Path, tmp_path: Path, trained: Weights
+) -> None:
     train(tiny_bert, tmp_path)
-    assert list((tmp_path / "work").iterdir()) == []
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    assert_same(train(tiny_bert, tmp_path), trained, tolerance=0)
 
 
 def test_a_saved_encoder_is_a_hugging_face_folder(
