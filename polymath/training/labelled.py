@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LabelledPrompts"]
 
-DATA_SET_CAP = 200
+DATA_SET_CAP = 1000
 """Prompts of one data set are alike: together they count as at most so many for a domain. Rows
 without a source count as they are."""
 
@@ -28,7 +28,7 @@ class LabelledPrompts:
     Attributes:
         labels: the domains, by name; targets are positions in them.
         targets: [rows]; `len(labels)` stands for "none of them".
-        weights: [rows], with a mean of 1; every class counts the same.
+        weights: [rows], with a mean of 1; a class counts as the square root of its size.
     """
 
     rows: Sequence[PromptRow]
@@ -77,8 +77,7 @@ def _weights(rows: Sequence[PromptRow], targets: NDArray[np.int64]) -> NDArray[n
             for row in rows
         ]
     )
-    classes = np.unique(targets)
-    for target in classes:
+    for target in np.unique(targets):
         members = targets == target
-        weights[members] *= len(rows) / len(classes) / weights[members].sum()
-    return weights
+        weights[members] /= np.sqrt(weights[members].sum())
+    return weights / weights.mean()

@@ -267,7 +267,7 @@ def test_long_texts_are_not_remembered(
 def test_the_texts_that_were_not_asked_for_longest_are_forgotten(
     batcher: MicroBatcher, encoder: FakeEncoder
 ) -> None:
-    batcher.vectors(["old", "kept"])
+    batcher.vectors(["kept", "old"])
     batcher.vectors([f"text {index}" for index in range(CACHED_VECTORS - 2)])
     batcher.vectors(["kept"])
     batcher.vectors(["one more"])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymath.router import SentenceEncoder
-from polymath.router.prototypes import CONSIDERED, LOG_ODDS, MANY, Prototypes
+from polymath.router.prototypes import CONSIDERED, LEAST_GAP, LOG_ODDS, MANY, Prototypes
 from tests.router.conftest import Floats
 
 WIDTH = 8
@@ -50,7 +50,8 @@ def cloud(count: int, seed: int, width: int = WIDTH) -> Floats:
 
 
 def axis(index: int, width: int = WIDTH) -> Floats:
-    return np.eye(width, dtype=np.float32)[index]
+    row: Floats = np.eye(width, dtype=np.float32)[index]
+    return row
 
 
 NOTHING = np.empty((0, WIDTH), dtype=np.float32)
@@ -64,6 +65,16 @@ def test_at_the_two_measured_similarities_the_odds_are_the_two_borders() -> None
     assert domain.odds(axis(0))["a"] == pytest.approx(math.exp(LOG_ODDS))
     assert domain.odds(axis(1))["a"] == pytest.approx(math.exp(-LOG_ODDS))
     assert domain.odds(half_way)["a"] == pytest.approx(1.0)
+
+
+@given(angle=st.floats(0.1, 1.5))
+def test_an_example_is_compared_with_the_others_not_with_itself(angle: float) -> None:
+    """Two examples at an angle have its cosine, and each lies at half the angle to their mean."""
+    other = np.float32(math.cos(angle)) * axis(0) + np.float32(math.sin(angle)) * axis(2)
+    domain = Prototypes({"a": np.stack([axis(0), other])}, axis(1)[None])
+    own = math.cos(angle)
+    expected = (math.cos(angle / 2) - own / 2) * 2 * LOG_ODDS / max(own, LEAST_GAP)
+    assert math.log(domain.odds(axis(0))["a"]) == pytest.approx(expected, rel=1e-3)
 
 
 @given(seed=seeds, similarity=st.floats(-1, 1))
