@@ -18,7 +18,7 @@ from polymath.training import PromptRow, read_prompts, route_prompts, with_typos
 
 ROUTER = Path("configs/demo/router")
 DATA = Path("configs/demo/data")
-EXAMPLES = 12
+EXAMPLES = 20
 TYPO_RATE = 0.1
 SUBJECTS = {
     "math": "Mathematics",

@@ -111,7 +111,7 @@ class EncoderRouter:
         choice = self._policy.choose(probabilities, in_scope=continued or not silent)
         return RouteDecision(
             weights=choice.weights,
-            confidence=probabilities[domain] * (1.0 if stuck else 1 - last.out_of_scope),
+            confidence=probabilities[domain],
             domain=domain,
             source="sticky" if stuck and choice.source == "encoder" else choice.source,
             why=Why(
@@ -159,7 +159,8 @@ class EncoderRouter:
         import numpy as np
 
         vectors = {domain: encoder.encode(texts) for domain, texts in examples.items()}
-        self._prototypes = Prototypes(vectors, self._vectors)
+        domains = [reference.domain for reference in self._references]
+        self._prototypes = Prototypes(vectors, self._vectors, domains)
         self._vectors = np.concatenate([self._vectors, *vectors.values()])
         self._references += tuple(
             Reference(id=f"examples/{domain}#{index}", text=text, domain=domain)

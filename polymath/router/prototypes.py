@@ -1,14 +1,15 @@
-"""Domains known by a handful of example prompts, without training (prototypes, Snell et al. 2017).
+"""Domains known by a handful of example prompts, without training: linear discriminant analysis.
 
-A domain's prototype is the mean of its examples' vectors. Whether a prompt belongs to it is judged
-against two measured similarities: that of the examples to the prototype of the others, and that of
-the trained router's reference prompts, nearly all of which belong elsewhere.
+Every domain is taken to be a Gaussian around the mean of its vectors, all with one covariance. The
+trained router's reference prompts give it, shrunk towards a sphere as they are few (Fisher 1936;
+Ledoit and Wolf 2004 on shrinking). What a new domain has to beat is all trained domains together,
+by more than nearly all of their reference prompts would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Prototypes"]
 
-FOREIGN_QUANTILE = 0.99
-"""So many of the reference prompts are taken to be of other domains."""
+SHRINKAGE = 0.75
+"""Share of the sphere in the covariance."""
 
-LEAST_GAP = 0.05
-"""Of the two similarities; examples that differ wildly would make the border too sharp."""
+KEPT_QUANTILE = 0.99
+"""So many of the reference prompts stay with their own domains."""
 
-LOG_ODDS = 4.0
-"""At the two similarities the odds are e^-4 and e^4."""
+MOST_FAVOUR = 10.0
+"""Log-odds by which a new domain is favoured at most where it lies far from all references."""
+
+LEAST_VARIANCE = 0.25
+"""Of the vectors of a domain, summed over the dimensions; a few references would show too little.
+The prompts of a domain of all-MiniLM-L6-v2 have 0.4 to 0.7."""
 
 CONSIDERED = 8
 """Domains that a prompt may be of; the others are too far to matter."""
@@ -39,26 +44,36 @@ MANY = 2048
 COARSE_DIMENSIONS = 64
 SHORTLIST = 256
 
+MOST_LOG_ODDS = 300.0
+"""More is certain anyway, and would not be a float."""
+
 
 class Prototypes:
-    """Compares a vector with the prototypes of any number of domains.
+    """Compares a vector with any number of domains.
 
     Args:
         examples: domain -> unit vectors of its examples, [examples, dimensions].
         references: unit vectors of prompts of the trained domains, [references, dimensions].
+        domains: the domain of each reference.
+    Raises:
+        ValueError: a domain has no examples.
     """
 
-    def __init__(self, examples: Mapping[str, Floats], references: Floats) -> None:
+    def __init__(
+        self, examples: Mapping[str, Floats], references: Floats, domains: Sequence[str]
+    ) -> None:
         import numpy as np
 
+        if empty := [domain for domain, vectors in examples.items() if len(vectors) == 0]:
+            raise ValueError(f"domain {empty[0]!r} has no examples")
         self.domains = tuple(examples)
-        self._means = np.stack([_unit(vectors.mean(axis=0)) for vectors in examples.values()])
-        own = np.array([_similarity_to_others(vectors) for vectors in examples.values()])
-        foreign = _quantiles(self._means, references)
-        self._middle = ((own + foreign) / 2).astype(np.float32)
-        self._slope = (2 * LOG_ODDS / np.maximum(own - foreign, LEAST_GAP)).astype(np.float32)
-
-        self._principal = _principal(self._means) if len(self._means) >= MANY else None
+        means = np.stack([vectors.mean(axis=0) for vectors in examples.values()])
+        trained = _means(references, domains)
+        precision = _precision(references, domains, trained)
+        self._trained = _Discriminant(np.stack([*trained.values()]) if trained else None, precision)
+        self._new = _Discriminant(means, precision)
+        self._new.bias -= self._thresholds(references)
+        self._principal = _principal(self._new.weight) if len(means) >= MANY else None
 
     def odds(self, vector: Floats) -> dict[str, float]:
         """How much likelier than all trained domains together each of the nearest domains is.
@@ -67,28 +82,107 @@ class Prototypes:
             vector: [dimensions], unit length.
         """
         near = self._shortlist(vector)
-        scores = (self._means[near] @ vector - self._middle[near]) * self._slope[near]
+        scores = self._new.weight[near] @ vector + self._new.bias[near]
         best = _largest(scores, CONSIDERED)
-        # math.exp is in float64: float32 ends at e^88, and wildly different examples go beyond
-        return {self.domains[near[place]]: math.exp(scores[place]) for place in best.tolist()}
+        rival = float(self._trained.together(vector[None])[0])
+        # math.exp is in float64: float32 ends at e^88
+        return {
+            self.domains[near[place]]: math.exp(min(float(scores[place]) - rival, MOST_LOG_ODDS))
+            for place in best.tolist()
+        }
+
+    def _thresholds(self, references: Floats) -> Floats:
+        """For each new domain the log-odds that few references exceed, within bounds, [domains]."""
+        import numpy as np
+
+        count = len(self._new.weight)
+        if len(references) == 0:
+            return np.zeros(count, dtype=np.float32)
+        rival = self._trained.together(references)
+        blocks = [
+            np.quantile(
+                self._new.scores(references, start, start + BLOCK) - rival, KEPT_QUANTILE, 1
+            )
+            for start in range(0, count, BLOCK)
+        ]
+        thresholds: Floats = np.concatenate(blocks).astype(np.float32)
+        return np.maximum(thresholds, np.float32(-MOST_FAVOUR))
 
     def _shortlist(self, vector: Floats) -> NDArray[np.intp]:
         import numpy as np
 
         if self._principal is None:
-            return np.arange(len(self._means))
+            return np.arange(len(self._new.weight))
         basis, coarse = self._principal
-        scores = (coarse @ (vector @ basis) - self._middle) * self._slope
-        return _largest(scores, SHORTLIST)
+        return _largest(coarse @ (vector @ basis) + self._new.bias, SHORTLIST)
 
 
-def _principal(means: Floats) -> tuple[Floats, Floats]:
-    """The directions in which the prototypes differ most, and the prototypes in them."""
+class _Discriminant:
+    """Log-likelihoods of Gaussians of one covariance, up to what they share: `weight v + bias`.
+
+    Attributes:
+        weight: [domains, dimensions]; bias: [domains].
+    """
+
+    def __init__(self, means: Floats | None, precision: Floats) -> None:
+        import numpy as np
+
+        if means is None:
+            means = np.empty((0, len(precision)), dtype=np.float32)
+        self.weight: Floats = (means @ precision).astype(np.float32)
+        self.bias: Floats = (-0.5 * (self.weight * means).sum(axis=1)).astype(np.float32)
+
+    def scores(self, vectors: Floats, start: int, stop: int) -> Floats:
+        """Of some of the domains, [domains, vectors]."""
+        some = slice(start, stop)
+        result: Floats = self.weight[some] @ vectors.T + self.bias[some, None]
+        return result
+
+    def together(self, vectors: Floats) -> Floats:
+        """Log of the sum of all likelihoods, [vectors]; 0 if there are no domains."""
+        import numpy as np
+
+        if len(self.weight) == 0:
+            return np.zeros(len(vectors), dtype=np.float32)
+        scores = self.scores(vectors, 0, len(self.weight))
+        largest = scores.max(axis=0)
+        result: Floats = largest + np.log(np.exp(scores - largest).sum(axis=0))
+        return result
+
+
+def _means(references: Floats, domains: Sequence[str]) -> dict[str, Floats]:
     import numpy as np
 
-    _, directions = np.linalg.eigh(means.T @ means)
-    basis = np.ascontiguousarray(directions[:, -COARSE_DIMENSIONS:])
-    return basis, np.ascontiguousarray(means @ basis)
+    labels = np.array(domains)
+    means: dict[str, Floats] = {
+        name: references[labels == name].mean(axis=0) for name in dict.fromkeys(domains)
+    }
+    return means
+
+
+def _precision(references: Floats, domains: Sequence[str], means: Mapping[str, Floats]) -> Floats:
+    """Inverse of the shrunk covariance of the references around the means of their domains."""
+    import numpy as np
+
+    dimensions = references.shape[1]
+    covariance = np.zeros((dimensions, dimensions))
+    if len(references):
+        deviations = references - np.stack([means[name] for name in domains])
+        covariance = deviations.T @ deviations / len(references)
+    spread = max(float(np.trace(covariance)), LEAST_VARIANCE) / dimensions
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * spread * np.eye(dimensions)
+    inverse: Floats = np.linalg.inv(shrunk).astype(np.float32)
+    return inverse
+
+
+def _principal(rows: Floats) -> tuple[Floats, Floats]:
+    """The directions in which the rows differ most, and the rows in them."""
+    import numpy as np
+
+    _, directions = np.linalg.eigh(rows.T @ rows)
+    basis: Floats = np.ascontiguousarray(directions[:, -COARSE_DIMENSIONS:])
+    coarse: Floats = np.ascontiguousarray(rows @ basis)
+    return basis, coarse
 
 
 def _largest(scores: Floats, most: int) -> NDArray[np.intp]:
@@ -97,34 +191,5 @@ def _largest(scores: Floats, most: int) -> NDArray[np.intp]:
 
     if len(scores) <= most:
         return np.arange(len(scores))
-    return np.argpartition(scores, -most)[-most:]
-
-
-def _unit(vector: Floats) -> Floats:
-    import numpy as np
-
-    unit: Floats = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    return unit
-
-
-def _similarity_to_others(vectors: Floats) -> float:
-    """Mean cosine of each example with the mean of the others; of one example alone, 1."""
-    import numpy as np
-
-    if len(vectors) == 1:
-        return 1.0
-    total = vectors.sum(axis=0)
-    return float(np.mean([_unit(total - vector) @ vector for vector in vectors]))
-
-
-def _quantiles(means: Floats, references: Floats) -> NDArray[np.float64]:
-    """For each prototype the similarity that few references exceed, [domains]."""
-    import numpy as np
-
-    if len(references) == 0:
-        return np.zeros(len(means))
-    blocks = [
-        np.quantile(means[start : start + BLOCK] @ references.T, FOREIGN_QUANTILE, axis=1)
-        for start in range(0, len(means), BLOCK)
-    ]
-    return np.concatenate(blocks)
+    nearest: NDArray[np.intp] = np.argpartition(scores, -most)[-most:]
+    return nearest

@@ -71,7 +71,7 @@ def _weights(rows: Sequence[PromptRow], targets: NDArray[np.int64]) -> NDArray[n
     import numpy as np
 
     sizes = Counter((row.domain, row.family) for row in rows)
-    weights = np.array(
+    weights: NDArray[np.float64] = np.array(
         [
             min(1.0, DATA_SET_CAP / sizes[row.domain, row.family]) if row.source else 1.0
             for row in rows
@@ -80,4 +80,5 @@ def _weights(rows: Sequence[PromptRow], targets: NDArray[np.int64]) -> NDArray[n
     for target in np.unique(targets):
         members = targets == target
         weights[members] /= np.sqrt(weights[members].sum())
-    return weights / weights.mean()
+    weights /= weights.mean()
+    return weights

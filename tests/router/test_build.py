@@ -112,6 +112,28 @@ def test_every_key_of_the_section_has_its_effect(
     assert (decision.source, decision.combine) == expected
 
 
+def test_the_stickiness_is_that_of_the_section(folder: Path) -> None:
+    turns: list[Message] = [{"role": "user", "content": text} for text in (PROMPTS["law"], "is")]
+    forgetful, faithful = (
+        build_router(settings(folder, sticky=sticky), OWNERS).route(turns).why.domains["law"]
+        for sticky in (0.0, 0.9)
+    )
+    assert forgetful == pytest.approx(ask(settings(folder), "is").why.domains["law"])
+    assert faithful > forgetful
+
+
+def test_the_limit_of_scope_is_that_of_the_section_before_the_cards(folder: Path) -> None:
+    artifact = RouterArtifact.load(folder)
+    replace(
+        artifact,
+        card=artifact.card.model_copy(update={"out_of_scope": 1e-12}),
+        weight=np.concatenate([artifact.weight, np.zeros((1, TINY_WIDTH), dtype=np.float32)]),
+        bias=np.append(artifact.bias, np.float32(0)),
+    ).save(folder)
+    assert ask(settings(folder), PROMPTS["law"]).source == "fallback"
+    assert ask(settings(folder, out_of_scope=1.0), PROMPTS["law"]).source == "encoder"
+
+
 def test_examples_make_a_domain(folder: Path) -> None:
     decision = ask(settings(folder), "proof 12345", {"chess": ["proof 12345"]})
     assert (decision.domain, decision.expert) == ("chess", "player")

@@ -334,7 +334,7 @@ def test_talk_of_no_domain_goes_to_the_fallback() -> None:
     assert decision.source == "fallback"
     assert decision.weights == {FALLBACK: 1.0}
     assert decision.why.out_of_scope == pytest.approx(1.0)
-    assert decision.confidence == pytest.approx(0.0)
+    assert decision.confidence == pytest.approx(1 / len(LABELS))
 
 
 def test_a_prompt_of_a_domain_is_in_scope() -> None:
