@@ -31,7 +31,7 @@ MOST_FAVOUR = 10.0
 
 LEAST_VARIANCE = 0.25
 """Of the vectors of a domain, summed over the dimensions; a few references would show too little.
-The prompts of a domain of all-MiniLM-L6-v2 have 0.4 to 0.7."""
+Domains of the demo router have 0.3 to 0.5, those of the untouched encoder 0.9."""
 
 CONSIDERED = 8
 """Domains that a prompt may be of; the others are too far to matter."""

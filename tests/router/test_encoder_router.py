@@ -260,9 +260,11 @@ def test_exactly_the_minimal_confidence_is_enough() -> None:
     assert decision.source == "encoder"
 
 
-@given(text=texts)
-def test_the_confidence_is_the_probability_of_the_likeliest_domain(text: str) -> None:
-    decision = ask(text)
+@given(text=texts, scope=st.sampled_from([None, LIMIT]), sticky=st.sampled_from([0.0, 0.5]))
+def test_the_confidence_is_the_probability_of_the_likeliest_domain(
+    text: str, scope: float | None, sticky: float
+) -> None:
+    decision = ask(*text.split("and"), head=artifact(out_of_scope=scope), sticky=sticky)
     assert decision.domain is not None
     assert decision.confidence == decision.why.domains[decision.domain]
     assert decision.confidence == max(decision.why.domains.values())
