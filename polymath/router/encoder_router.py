@@ -72,8 +72,7 @@ class EncoderRouter:
         self._sticky = sticky
         limit = artifact.card.out_of_scope if out_of_scope is None else out_of_scope
         self._out_of_scope = 1.0 if limit is None else limit
-        self._references = artifact.references
-        self._vectors = artifact.vectors
+        self._examples: dict[str, tuple[NDArray[np.float32], tuple[Reference, ...]]] = {}
         self._prototypes: Prototypes | None = None
         if examples:
             self._learn(examples, encoder)
@@ -116,7 +115,7 @@ class EncoderRouter:
             source="sticky" if stuck and choice.source == "encoder" else choice.source,
             why=Why(
                 domains=dict(list(probabilities.items())[:SHOWN_DOMAINS]),
-                nearest=self._nearest(vectors[-1]),
+                nearest=self._nearest(vectors[-1], last.domains),
                 out_of_scope=last.out_of_scope,
             ),
             combine=choice.combine,
@@ -138,35 +137,46 @@ class EncoderRouter:
             domains[domain] = domains.get(domain, 0.0) + odd / total
         return Reading(domains, outside / total)
 
-    def _nearest(self, vector: NDArray[np.float32]) -> tuple[Neighbour, ...]:
-        import numpy as np
-
-        similarities = self._vectors @ vector
-        some = min(NEAREST, len(similarities))
-        nearest = np.argpartition(-similarities, some - 1)[:some] if some else np.arange(0)
-        order = sorted(nearest.tolist(), key=lambda index: -similarities[index])
-        return tuple(
-            Neighbour(
-                self._references[index].id,
-                self._references[index].text,
-                self._references[index].domain,
-                float(similarities[index]),
-            )
-            for index in order
-        )
+    def _nearest(
+        self, vector: NDArray[np.float32], domains: Iterable[str]
+    ) -> tuple[Neighbour, ...]:
+        """Among the references, and the examples of the domains that come into question."""
+        found = _most_similar(self._artifact.vectors, self._artifact.references, vector)
+        for domain in domains:
+            if domain in self._examples:
+                found += _most_similar(*self._examples[domain], vector)
+        found.sort(key=lambda neighbour: -neighbour.similarity)
+        return tuple(found[:NEAREST])
 
     def _learn(self, examples: Mapping[str, Sequence[str]], encoder: Encoder) -> None:
-        import numpy as np
-
         vectors = {domain: encoder.encode(texts) for domain, texts in examples.items()}
-        domains = [reference.domain for reference in self._references]
-        self._prototypes = Prototypes(vectors, self._vectors, domains)
-        self._vectors = np.concatenate([self._vectors, *vectors.values()])
-        self._references += tuple(
-            Reference(id=f"examples/{domain}#{index}", text=text, domain=domain)
-            for domain, texts in examples.items()
-            for index, text in enumerate(texts)
+        domains = [reference.domain for reference in self._artifact.references]
+        self._prototypes = Prototypes(vectors, self._artifact.vectors, domains)
+        for domain, texts in examples.items():
+            references = tuple(
+                Reference(id=f"examples/{domain}#{index}", text=text, domain=domain)
+                for index, text in enumerate(texts)
+            )
+            self._examples[domain] = (vectors[domain], references)
+
+
+def _most_similar(
+    vectors: NDArray[np.float32], references: Sequence[Reference], vector: NDArray[np.float32]
+) -> list[Neighbour]:
+    import numpy as np
+
+    similarities = vectors @ vector
+    some = min(NEAREST, len(similarities))
+    nearest = np.argpartition(-similarities, some - 1)[:some] if some else np.arange(0)
+    return [
+        Neighbour(
+            references[index].id,
+            references[index].text,
+            references[index].domain,
+            float(similarities[index]),
         )
+        for index in nearest.tolist()
+    ]
 
 
 def calibrated(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:

@@ -48,7 +48,7 @@ class FinetuneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompts: int = Field(default=16_000, ge=1)
+    prompts: int = Field(default=32_000, ge=1)
     """Prompts seen, drawn with the weights of the rows."""
     batch_size: int = Field(default=32, ge=2)
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -69,7 +69,7 @@ class EncoderFinetuner:
 
     Args:
         source: Hugging Face folder of a BERT model.
-        data: the prompts; they are drawn with their weights.
+        data: the prompts; they are drawn by `draws`.
         head: where the head starts.
         checkpoint: file of the unfinished run; a run of the same data and recipe is gone on with.
     """
@@ -247,7 +247,7 @@ def _schedule(
 
     rng = random.Random(recipe.seed)
     drawn = np.random.default_rng(recipe.seed).choice(
-        len(data.rows), recipe.prompts, p=data.weights / data.weights.sum()
+        len(data.rows), recipe.prompts, p=data.draws / data.draws.sum()
     )
     texts = [restyle(data.rows[index].text, rng, recipe.restyling) for index in drawn]
     encodings = open_tokenizer(source).encode_batch_fast(texts)

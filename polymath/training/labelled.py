@@ -28,13 +28,17 @@ class LabelledPrompts:
     Attributes:
         labels: the domains, by name; targets are positions in them.
         targets: [rows]; `len(labels)` stands for "none of them".
-        weights: [rows], with a mean of 1; a class counts as the square root of its size.
+        weights: [rows], with a mean of 1; every class counts the same.
+        draws: [rows], with a mean of 1; a class counts as the square root of its size. A head is
+            fitted with `weights`, so that a rare class is not drowned; fine-tuning draws by this,
+            so that the few prompts of a rare class are not learned by heart.
     """
 
     rows: Sequence[PromptRow]
     labels: tuple[str, ...]
     targets: NDArray[np.int64]
     weights: NDArray[np.float64]
+    draws: NDArray[np.float64]
 
     @classmethod
     def of(cls, rows: Sequence[PromptRow]) -> LabelledPrompts:
@@ -53,7 +57,7 @@ class LabelledPrompts:
             raise DataError(f"a router needs at least two prompts of every domain: {rare[0]!r}")
         place = {label: index for index, label in enumerate((*labels, OUT_OF_SCOPE))}
         targets = np.array([place[row.domain] for row in rows], dtype=np.int64)
-        return cls(rows, labels, targets, _weights(rows, targets))
+        return cls(rows, labels, targets, *_weights(rows, targets))
 
     @property
     def knows_none(self) -> bool:
@@ -64,10 +68,12 @@ class LabelledPrompts:
         """Some of the rows, in that order, weighed anew."""
         rows = [self.rows[index] for index in indices]
         targets = self.targets[indices]
-        return LabelledPrompts(rows, self.labels, targets, _weights(rows, targets))
+        return LabelledPrompts(rows, self.labels, targets, *_weights(rows, targets))
 
 
-def _weights(rows: Sequence[PromptRow], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+def _weights(
+    rows: Sequence[PromptRow], targets: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     import numpy as np
 
     sizes = Counter((row.domain, row.family) for row in rows)
@@ -77,8 +83,10 @@ def _weights(rows: Sequence[PromptRow], targets: NDArray[np.int64]) -> NDArray[n
             for row in rows
         ]
     )
+    draws = weights.copy()
     for target in np.unique(targets):
         members = targets == target
-        weights[members] /= np.sqrt(weights[members].sum())
-    weights /= weights.mean()
-    return weights
+        size = weights[members].sum()
+        weights[members] /= size
+        draws[members] /= np.sqrt(size)
+    return weights / weights.mean(), draws / draws.mean()

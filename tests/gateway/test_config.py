@@ -744,27 +744,29 @@ def test_a_key_that_was_left_out_has_the_line_of_its_section(tmp_path: Path) -> 
     assert line == f"{file.path}:14: router.rules: missing"
 
 
+def with_rule(rule: str) -> str:
+    return changed(("  path: router\n", f"  path: router\n  rules: [{rule}]\n"))
+
+
 def test_a_rule_names_an_expert_that_exists(tmp_path: Path) -> None:
-    rules = "  rules:\n    - {expert: lwa, keyword: tenant}\n"
-    (problem,) = problems(tmp_path, GOOD.rstrip("\n") + "\n" + rules)
-    assert problem.endswith("router.rules.0.expert: no expert 'lwa'; did you mean law?")
+    (problem,) = problems(tmp_path, with_rule("{expert: mth, keyword: tenant}"))
+    assert problem == "16: router.rules.0.expert: no expert 'mth'; did you mean math?"
 
 
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
-        ("{expert: law}", "a rule needs one of keyword, regex, header, system_prompt"),
-        ("{expert: law, regex: '('}", "not a regular expression: missing )"),
+        ("{expert: math}", "a rule needs one of keyword, regex, header, system_prompt"),
+        ("{expert: math, regex: '('}", "not a regular expression: missing )"),
     ],
 )
 def test_a_rule_that_could_not_match_is_an_error(tmp_path: Path, rule: str, reason: str) -> None:
-    text = GOOD.rstrip("\n") + f"\n  rules:\n    - {rule}\n"
-    (problem,) = problems(tmp_path, text)
+    (problem,) = problems(tmp_path, with_rule(rule))
     assert "router.rules.0" in problem
     assert reason in problem
 
 
 def test_examples_belong_to_the_first_domain_of_their_expert(tmp_path: Path) -> None:
-    keys = ("kind: base", "base_model: tiny", "domains: [cooking, baking]", "examples: [rice?]")
+    keys = ("kind: base", "base_model: tiny", "domains: [cooking, baking]", "examples: ['rice?']")
     text = with_expert(*keys)
     assert load(tmp_path, text).settings.examples() == {"cooking": ("rice?",)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,15 @@ def assert_same(first: Weights, second: Weights, tolerance: float = TOLERANCE) -
 def trained(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """What an unbroken training gives."""
     return train(tiny_bert, tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads may sum in another order from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -172,13 +181,13 @@ def test_the_budget_is_in_prompts(tiny_bert: Path, tmp_path: Path, seen: int, st
 
 
 def test_prompts_are_drawn_with_their_weights(tiny_bert: Path) -> None:
-    """90 prompts of one domain and 10 of another: each gets half of the draws."""
+    """90 prompts of one domain and 10 of another: three draws of the one for one of the other."""
     data = LabelledPrompts.of([*prompts(90, "math"), *prompts(10, "law")])
     recipe = RECIPE.model_copy(update={"prompts": 4000})
     batches = encoder_finetuning._schedule(tiny_bert, data, recipe)
     targets = [target for _, batch in batches for target in batch]
     assert len(targets) == 4000
-    assert np.mean(targets) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(targets) == pytest.approx(0.75, abs=0.03)
 
 
 def test_long_prompts_are_cut_in_the_middle(tiny_bert: Path) -> None:

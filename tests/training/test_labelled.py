@@ -63,10 +63,15 @@ def test_equal_classes_have_weights_of_one() -> None:
     np.testing.assert_allclose(LabelledPrompts.of(prompts(7, *DOMAINS)).weights, 1.0)
 
 
-def test_a_domain_of_nine_times_the_prompts_counts_three_times() -> None:
+def test_a_rare_domain_counts_as_much_as_a_common_one() -> None:
     data = LabelledPrompts.of([*prompts(90, "math"), *prompts(10, "law")])
-    assert mass(data, domain="math") == pytest.approx(75)
-    assert mass(data, domain="law") == pytest.approx(25)
+    assert mass(data, domain="math") == pytest.approx(50)
+    assert mass(data, domain="law") == pytest.approx(50)
+
+
+def test_a_domain_of_nine_times_the_prompts_is_drawn_three_times_as_often() -> None:
+    data = LabelledPrompts.of([*prompts(90, "math"), *prompts(10, "law")])
+    assert data.draws[data.targets == data.labels.index("math")].sum() == pytest.approx(75)
 
 
 def test_a_large_data_set_counts_as_much_as_one_of_the_size_of_the_cap() -> None:
@@ -105,28 +110,31 @@ def test_rows_without_a_source_are_not_capped() -> None:
 
 @settings(deadline=None)
 @given(rows=some_rows)
-def test_weights_are_positive_and_have_a_mean_of_one(rows: list[PromptRow]) -> None:
+def test_weights_have_a_mean_of_one_and_every_class_the_same(rows: list[PromptRow]) -> None:
     data = LabelledPrompts.of(rows)
     assert data.weights.mean() == pytest.approx(1.0)
     assert (data.weights > 0).all()
+    masses = [mass(data, domain=domain) for domain in {row.domain for row in rows}]
+    assert masses == pytest.approx([masses[0]] * len(masses))
 
 
 @settings(deadline=None)
 @given(rows=some_rows)
-def test_a_class_counts_as_the_square_root_of_its_size(rows: list[PromptRow]) -> None:
-    """Of its prompts after the cap."""
+def test_draws_are_weights_with_classes_by_the_square_root_of_their_size(
+    rows: list[PromptRow],
+) -> None:
+    """Of their prompts after the cap."""
     data = LabelledPrompts.of(rows)
+    assert data.draws.mean() == pytest.approx(1.0)
     sizes = Counter((row.domain, row.family) for row in rows if row.source)
-    capped = {
-        domain: sum(
-            min(1.0, DATA_SET_CAP / sizes[row.domain, row.family]) if row.source else 1.0
-            for row in rows
-            if row.domain == domain
-        )
-        for domain in {row.domain for row in rows}
-    }
-    shares = [mass(data, domain=domain) / math.sqrt(size) for domain, size in capped.items()]
-    assert shares == pytest.approx([shares[0]] * len(shares))
+    capped = np.array(
+        [min(1.0, DATA_SET_CAP / sizes[r.domain, r.family]) if r.source else 1.0 for r in rows]
+    )
+    for target in np.unique(data.targets):
+        members = data.targets == target
+        ratio = data.draws[members].sum() / math.sqrt(capped[members].sum())
+        first = data.targets == data.targets[0]
+        assert ratio == pytest.approx(data.draws[first].sum() / math.sqrt(capped[first].sum()))
 
 
 @settings(deadline=None)
@@ -150,9 +158,7 @@ def test_taken_rows_come_in_order_and_are_weighed_anew() -> None:
     some = data.take(np.array([9, 0, 1, 2]))
     assert some.rows == [data.rows[index] for index in (9, 0, 1, 2)]
     assert some.targets.tolist() == [2, 0, 0, 0]
-    one, three = 1.0, 1 / math.sqrt(3)
-    expected = np.array([one, three, three, three])
-    np.testing.assert_allclose(some.weights, expected / expected.mean())
+    np.testing.assert_allclose(some.weights, [2, 2 / 3, 2 / 3, 2 / 3])
 
 
 def test_taken_rows_keep_the_labels_of_all() -> None:
