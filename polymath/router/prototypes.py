@@ -85,9 +85,9 @@ class Prototypes:
         scores = self._new.weight[near] @ vector + self._new.bias[near]
         best = _largest(scores, CONSIDERED)
         rival = float(self._trained.together(vector[None])[0])
-        # math.exp is in float64: float32 ends at e^88
+        excess = max(0.0, float(scores.max()) - rival - MOST_LOG_ODDS)  # the order must stay
         return {
-            self.domains[near[place]]: math.exp(min(float(scores[place]) - rival, MOST_LOG_ODDS))
+            self.domains[near[place]]: math.exp(float(scores[place]) - rival - excess)
             for place in best.tolist()
         }
 

@@ -376,3 +376,12 @@ def test_a_prompt_like_the_examples_is_of_their_domain(
     new = Prototypes(examples, minilm.encode(list(FOREIGN)), list(FOREIGN.values()))
     odds = new.odds(minilm.encode([asked[domain]])[0])
     assert max(odds, key=lambda name: odds[name]) == domain
+
+
+def test_of_two_certain_domains_the_likelier_is_told() -> None:
+    """Log odds of some hundreds would not be floats; they keep their order."""
+    width = SENTENCE_WIDTH
+    new = prototypes({"a": axis(0, width)[None], "b": axis(1, width)[None]}, cloud(500, 0, width))
+    leaning = unit(axis(0, width) + np.float32(0.6) * axis(1, width))
+    odds = new.odds(leaning)
+    assert odds["a"] > odds["b"]
