@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymath.router import SentenceEncoder, export_encoder, locate_encoder
+from polymath.router import SentenceEncoder, calibrated, export_encoder, locate_encoder
 from polymath.training import (
     EncoderFinetuner,
     FinetuneRecipe,
@@ -151,8 +151,8 @@ class _Bench:
     def _mixed(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
         head = fit_head(vectors, data.targets, data.weights, REGULARISATION)
 
-        def scores(queries: NDArray[np.float32]) -> NDArray[np.float32]:
-            return _softmax(head.logits(queries)) + _neighbour_votes(queries, vectors, data)
+        def scores(queries: NDArray[np.float32]) -> NDArray[np.float64]:
+            return calibrated(head.logits(queries), 1.0) + _neighbour_votes(queries, vectors, data)
 
         return scores
 
@@ -180,12 +180,6 @@ class _Bench:
         encoder = SentenceEncoder(self._work / "int8", threads=2)
         vectors = encode_prompts(encoder, [self._rows[index] for index in fold.held_out])
         return self._accuracy(tuner.head().logits(vectors), data, fold)
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return shares
 
 
 def _neighbour_votes(

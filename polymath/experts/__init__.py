@@ -32,7 +32,13 @@ from polymath.experts.group import (
 )
 from polymath.experts.lora_model import LoraModel, runs_on_onnx
 from polymath.experts.model_files import prepare_base_model, weight_shapes
-from polymath.experts.plan import Plan, plan_answer, plan_together, vocabulary_conflicts
+from polymath.experts.plan import (
+    Plan,
+    plan_answer,
+    plan_together,
+    unlike_vocabularies,
+    vocabulary_conflicts,
+)
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
@@ -95,6 +101,7 @@ __all__ = [
     "read_vocabulary",
     "render_chat",
     "runs_on_onnx",
+    "unlike_vocabularies",
     "vocabulary_conflicts",
     "weight_shapes",
 ]

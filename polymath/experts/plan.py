@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from polymath.errors import ModelNotFound
@@ -21,7 +21,13 @@ from polymath.experts.lora_model import LoraModel
 from polymath.experts.settings import ExpertSettings
 from polymath.experts.vocabulary import Vocabulary
 
-__all__ = ["Plan", "plan_answer", "plan_together", "vocabulary_conflicts"]
+__all__ = [
+    "Plan",
+    "plan_answer",
+    "plan_together",
+    "unlike_vocabularies",
+    "vocabulary_conflicts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +106,23 @@ def vocabulary_conflicts(
     """
     for expert in catalog.values():
         parts = [catalog[name] for name in expert.settings.parts()]
-        first, *others = dict.fromkeys(part.settings.base_model or "" for part in parts) or [""]
-        for other in others:
-            if vocabulary_of(first) != vocabulary_of(other):
-                yield (
-                    expert.name,
-                    f"the base models {first} and {other} have different vocabularies; "
-                    "only experts that share one can be combined",
-                )
+        bases = [part.settings.base_model or "" for part in parts]
+        for first, other in unlike_vocabularies(bases, vocabulary_of):
+            yield (
+                expert.name,
+                f"the base models {first} and {other} have different vocabularies; "
+                "only experts that share one can be combined",
+            )
+
+
+def unlike_vocabularies(
+    base_models: Iterable[str], vocabulary_of: Callable[[str], Vocabulary]
+) -> Iterator[tuple[str, str]]:
+    """The first base model with each one whose vocabulary is another."""
+    first, *others = dict.fromkeys(base_models) or [""]
+    for other in others:
+        if vocabulary_of(first) != vocabulary_of(other):
+            yield first, other
 
 
 def _shares(settings: ExpertSettings, route_weights: Mapping[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from polymath.experts import (
     read_adapter,
     read_vocabulary,
     runs_on_onnx,
+    unlike_vocabularies,
     vocabulary_conflicts,
     weight_shapes,
 )
@@ -121,11 +122,9 @@ def _uncombinable(
 ) -> Iterator[tuple[KeyPath, str]]:
     """Whether the router may let any two experts answer together."""
     bases = [e.base_model for e in settings.experts.values() if e.base_model is not None]
-    first, *others = dict.fromkeys(bases) or [""]
-    for other in others:
-        if vocabulary_of(first) != vocabulary_of(other):
-            message = (
-                f"the base models {first} and {other} have different vocabularies, so that their "
-                "experts cannot answer together; use `select`"
-            )
-            yield ("router", "combine"), message
+    for first, other in unlike_vocabularies(bases, vocabulary_of):
+        message = (
+            f"the base models {first} and {other} have different vocabularies, so that their "
+            "experts cannot answer together; use `select`"
+        )
+        yield ("router", "combine"), message

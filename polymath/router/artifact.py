@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Reference", "RouterArtifact", "RouterCard"]
+__all__ = ["CARD_FILE", "Reference", "RouterArtifact", "RouterCard"]
 
 FORMAT = 2
 CARD_FILE = "router.json"

@@ -24,6 +24,7 @@ __all__ = [
     "SentenceEncoder",
     "head_and_tail",
     "open_tokenizer",
+    "token_ids",
 ]
 
 MODEL_FILE = "model.onnx"
@@ -66,9 +67,7 @@ class SentenceEncoder:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, at most `max_tokens`."""
-        bounded = [_readable(text, self._max_tokens) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(bounded)
-        return [head_and_tail(encoding.ids, self._max_tokens) for encoding in encodings]
+        return token_ids(self._tokenizer, texts, self._max_tokens)
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Unit vectors of tokenised texts, [texts, dimensions]."""
@@ -103,6 +102,12 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
+    """Token ids of each text, at most `most`: of longer texts the start and the end."""
+    encodings = tokenizer.encode_batch_fast([_readable(text, most) for text in texts])
+    return [head_and_tail(encoding.ids, most) for encoding in encodings]
 
 
 def head_and_tail(ids: list[int], most: int) -> list[int]:

@@ -16,8 +16,8 @@ from polymath.router.encoder import (
     MAX_TOKENS,
     MODEL_FILE,
     TOKENIZER_FILE,
-    head_and_tail,
     open_tokenizer,
+    token_ids,
 )
 from polymath.router.encoder_graph import BertConfig, Pooling, activation_ranges, encoder_graph
 
@@ -59,7 +59,7 @@ def encoder_length(source: Path) -> int:
     Raises:
         ModelSourceError: its `config.json` is not that of a BERT model.
     """
-    return min(MAX_TOKENS, _config(source).max_position_embeddings)
+    return _length(_config(source))
 
 
 def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> None:
@@ -76,10 +76,8 @@ def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> No
 
     tokenizer = open_tokenizer(source)
     config, weights, pooling = _config(source), _weights(source), _pooling(source)
-    most = encoder_length(source)
-    ids = [
-        head_and_tail(encoding.ids, most) for encoding in tokenizer.encode_batch_fast(calibration)
-    ]
+    most = _length(config)
+    ids = token_ids(tokenizer, calibration, most)
     try:
         ranges = activation_ranges(encoder_graph(config, weights, most), ids)
         graph = encoder_graph(config, weights, most, pooling, ranges)
@@ -91,6 +89,10 @@ def export_encoder(source: Path, target: Path, calibration: Sequence[str]) -> No
     onnx.save(graph, str(target / MODEL_FILE))
     if source != target:
         shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
+
+
+def _length(config: BertConfig) -> int:
+    return min(MAX_TOKENS, config.max_position_embeddings)
 
 
 def _config(source: Path) -> BertConfig:

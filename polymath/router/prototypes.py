@@ -144,9 +144,7 @@ class _Discriminant:
 
         if len(self.weight) == 0:
             return np.zeros(len(vectors), dtype=np.float32)
-        scores = self.scores(vectors, 0, len(self.weight))
-        largest = scores.max(axis=0)
-        result: Floats = largest + np.log(np.exp(scores - largest).sum(axis=0))
+        result: Floats = np.logaddexp.reduce(self.scores(vectors, 0, len(self.weight)), axis=0)
         return result
 
 

@@ -20,7 +20,7 @@ from polymath.training.linear_head import LinearHead, fit_head
 from polymath.training.lora import LoraTrainer
 from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
-from polymath.training.prompt_styles import restyle, with_typos
+from polymath.training.prompt_styles import with_typos
 from polymath.training.prompt_vectors import encode_prompts
 from polymath.training.recipe import ExpertReport, LoraRecipe
 from polymath.training.router_evaluation import (
@@ -63,7 +63,6 @@ __all__ = [
     "read_chats",
     "read_conversations",
     "read_prompts",
-    "restyle",
     "route_prompts",
     "summarise_routing",
     "train_router",

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.errors import DataError
 from polymath.experts import quiet_loading
-from polymath.router import head_and_tail
+from polymath.router import TOKENIZER_FILE, open_tokenizer, token_ids
 from polymath.training.data import fingerprint
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import LinearHead
@@ -139,7 +139,7 @@ class EncoderFinetuner:
 
         with quiet_loading():
             self._bert.save_pretrained(folder)
-        shutil.copyfile(self._source / "tokenizer.json", folder / "tokenizer.json")
+        shutil.copyfile(self._source / TOKENIZER_FILE, folder / TOKENIZER_FILE)
 
     def _loss(self, rows: Sequence[Sequence[int]], targets: Sequence[int]) -> torch.Tensor:
         import torch
@@ -243,18 +243,13 @@ def _schedule(
     """Batches of token ids and targets, each of prompts of like length."""
     import numpy as np
 
-    from polymath.router import open_tokenizer
-
     rng = random.Random(recipe.seed)
     drawn = np.random.default_rng(recipe.seed).choice(
         len(data.rows), recipe.prompts, p=data.draws / data.draws.sum()
     )
     texts = [restyle(data.rows[index].text, rng, recipe.restyling) for index in drawn]
-    encodings = open_tokenizer(source).encode_batch_fast(texts)
-    prompts = [
-        (head_and_tail(encoding.ids, recipe.max_tokens), int(data.targets[index]))
-        for encoding, index in zip(encodings, drawn, strict=True)
-    ]
+    rows = token_ids(open_tokenizer(source), texts, recipe.max_tokens)
+    prompts = [(ids, int(data.targets[index])) for ids, index in zip(rows, drawn, strict=True)]
     batches = []
     size = recipe.batch_size
     for start in range(0, len(prompts), size * SORTED_BATCHES):

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.artifacts import Progress, no_progress
 from polymath.router import (
+    CARD_FILE,
     RouterArtifact,
     RouterCard,
     SentenceEncoder,
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 __all__ = ["RouterRecipe", "train_router"]
 
 WORK_FOLDER = ".training"
-CARD_FILE = "router.json"
 CALIBRATION_TEXTS = 256
 """Prompts on which the ranges of int8 activations are found."""
 PROBED_ROWS = 4000
@@ -143,19 +143,13 @@ class _Training:
             self._recipe.seed,
             partial(self._progress, "frozen encoder: validation"),
         )
-        if self._recipe.finetune is None:
-            trained = self._with_head(vectors, regularisation)
-            scores, finetuned = frozen_scores, False
-        else:
+        scores, finetuned = frozen_scores, False
+        if self._recipe.finetune is not None:
             tuned_scores = self._validated_finetuning(vectors, regularisation)
             finetuned = not tuned_scores or mean_score(tuned_scores) >= mean_score(frozen_scores)
             scores = tuned_scores if finetuned else frozen_scores
-            trained = (
-                self._finetuned(vectors, regularisation)
-                if finetuned
-                else self._with_head(vectors, regularisation)
-            )
-        head, held_out, targets = trained
+        train = self._finetuned if finetuned else self._with_head
+        head, held_out, targets = train(vectors, regularisation)
         artifact = self._artifact(head, held_out, targets, scores, finetuned, licence, withheld)
         artifact.save(self._out)
         shutil.rmtree(self._work, ignore_errors=True)

@@ -84,7 +84,9 @@ def mean_score(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores) if scores else 0.0
 
 
-def some_rows(data: LabelledPrompts, kept: NDArray[np.int64], most: int, seed: int) -> Any:
+def some_rows(
+    data: LabelledPrompts, kept: NDArray[np.int64], most: int, seed: int
+) -> NDArray[np.int64]:
     """Some of the rows by index, with all those of a class that would have none."""
     import numpy as np
 

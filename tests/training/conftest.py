@@ -33,9 +33,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """A model this small is slower on two threads than on one."""
+    """A model this small is slower on two threads, which may sum in another order each time."""
     import torch
 
     threads = torch.get_num_threads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,6 @@ def assert_same(first: Weights, second: Weights, tolerance: float = TOLERANCE) -
 def trained(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """What an unbroken training gives."""
     return train(tiny_bert, tmp_path_factory.mktemp("unbroken"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads may sum in another order from run to run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from polymath.errors import AdapterError, DataError
 from polymath.training import (
@@ -35,13 +33,7 @@ def chat(answer: str) -> ChatRow:
 DOMAINS = {domain: [chat(answer) for answer in answers] for domain, answers in ANSWERS.items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small is slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
