@@ -165,8 +165,9 @@ def _scales() -> dict[str, float]:
 
     class RandomEncoder:
         def encode(self, texts: Sequence[str]) -> Any:
-            vectors = rng.standard_normal((len(texts), artifact.dimensions), dtype=np.float32)
-            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = rng.standard_normal((len(texts), 2, artifact.dimensions), dtype=np.float32)
+            vectors /= np.linalg.norm(vectors, axis=2, keepdims=True)
+            return vectors.reshape(len(texts), -1)
 
     def decision(scale: int) -> float:
         examples = {f"expert{i}": [f"{i} {j}" for j in range(EXAMPLES)] for i in range(scale)}

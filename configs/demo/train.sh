@@ -34,7 +34,7 @@ for line in open(sys.argv[1], encoding="utf-8"):
 END
 
 # codealpaca may not ship; the router's own prompts have no source, so that no fold leaves them out
-polymath train router --finetune --prompts 32000 \
+polymath train router --finetune \
   --data "$data/prompts/train.jsonl" "$here/data/router.train.jsonl" "$coding_prompts" \
   --exclude-source codealpaca --withhold-source legalbench --out "$here/router" \
   --licence "MIT, Apache-2.0, CC BY 3.0, CC BY 4.0 (see README.md)"

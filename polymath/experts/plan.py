@@ -78,20 +78,20 @@ def plan_together(
     models: Mapping[str, LoraModel],
     messages: Sequence[Message],
     weights: Mapping[str, float],
-    posterior: bool,
+    combiner: Callable[[tuple[float, ...]], Combiner],
 ) -> Plan:
     """The plan by which several experts answer as one.
 
     Args:
         weights: of experts of one model each, which share a vocabulary.
-        posterior: whether the weights follow the text (DEMix) or stay as they are.
+        combiner: of the rows, given their weights.
     Raises:
         InvalidRequest: a chat template refuses the conversation.
     """
     total = sum(weights.values())
     shares = tuple(weight / total for weight in weights.values())
     rows = tuple(expert_row(catalog[name], models, messages) for name in weights)
-    return Plan(tuple(weights), rows, Posterior(shares) if posterior else Mixture(shares))
+    return Plan(tuple(weights), rows, combiner(shares))
 
 
 def vocabulary_conflicts(

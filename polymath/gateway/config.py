@@ -287,8 +287,10 @@ def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
         if rule.expert not in [*bases, *experts]:
             hint = _suggestion(rule.expert, experts)
             yield ("router", "rules", index, "expert"), f"no expert {rule.expert!r}{hint}"
-    if not settings.router.path.is_dir():
-        yield ("router", "path"), _missing_folder(settings.router.path)
+    for key in ("path", "clusters"):
+        folder = getattr(settings.router, key)
+        if folder is not None and not folder.is_dir():
+            yield ("router", key), _missing_folder(folder)
 
 
 def _unfit_parts(settings: Settings, name: str) -> Iterator[tuple[KeyPath, str]]:

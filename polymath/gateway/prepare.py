@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from polymath.artifacts import Progress, no_progress
@@ -25,6 +25,7 @@ from polymath.experts import (
     weight_shapes,
 )
 from polymath.gateway.config import ConfigFile, KeyPath
+from polymath.gateway.gradients import prompt_features
 from polymath.gateway.settings import Settings
 from polymath.router import Router, build_router
 
@@ -80,14 +81,19 @@ def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
 
 
 def open_router(config: ConfigFile) -> Router:
-    """The router of a config; enough for routing without any base model.
+    """The router of a config. (One by gradients needs its base model.)
 
     Raises:
         ConfigError: its folder cannot be used.
     """
     settings = config.settings
     try:
-        return build_router(settings.router, settings.domains(), settings.examples())
+        return build_router(
+            settings.router,
+            settings.domains(),
+            settings.examples(),
+            partial(prompt_features, settings),
+        )
     except (RouterArtifactError, ModelSourceError) as error:
         raise ConfigError([config.problem(("router", "path"), error.message)]) from error
 
@@ -113,7 +119,7 @@ def _conflicts(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[K
     catalog = build_catalog(settings.base_models, settings.experts)
     for name, message in vocabulary_conflicts(catalog, vocabulary_of):
         yield ("experts", name), message
-    if settings.router.combine != "select":
+    if settings.router.combine != "select" or settings.router.kind != "encoder":
         yield from _uncombinable(settings, vocabulary_of)
 
 

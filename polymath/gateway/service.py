@@ -1,19 +1,23 @@
 """From a chat request to running decode groups: decide, plan, submit."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from polymath.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
 from polymath.experts import (
+    Combiner,
     Completion,
     DecodeGroup,
     Engine,
     EngineSettings,
     Expert,
+    Mixture,
     Plan,
+    Posterior,
     SamplingParams,
+    WeightedLogits,
     build_catalog,
     load_models,
     plan_answer,
@@ -22,11 +26,18 @@ from polymath.experts import (
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest
 from polymath.gateway.settings import ROUTED_MODELS
-from polymath.router import Message, RouteDecision, Router
+from polymath.router import Combine, Message, RouteDecision, Router
 
 __all__ = ["Answer", "ChatService", "decide", "open_service"]
 
 SEEDS = 2**63
+
+COMBINERS: Mapping[Combine, Callable[[tuple[float, ...]], Combiner]] = {
+    "ensemble": Mixture,
+    "posterior": Posterior,
+    "logits": WeightedLogits,
+}
+"""By what the router says of experts that answer together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +121,8 @@ class ChatService:
         if decision.combine != "select":
             rows = {name: w for name, w in weights.items() if not catalog[name].settings.parts()}
             if decision.expert in rows and len(rows) > 1:
-                posterior = decision.combine == "posterior"
-                return plan_together(catalog, models, messages, rows, posterior)
+                combiner = COMBINERS[decision.combine]
+                return plan_together(catalog, models, messages, rows, combiner)
         if decision.source == "explicit" and expert.settings.weighs_by_router:
             weights = self._router.route(messages).weights
         return plan_answer(expert, catalog, models, messages, weights)

@@ -72,7 +72,12 @@ class Settings(BaseModel):
             name: base.model_copy(update={"model": _located_source(base.model, root)})
             for name, base in self.base_models.items()
         }
-        router = self.router.model_copy(update={"path": root / self.router.path})
+        router = self.router.model_copy(
+            update={
+                "path": root / self.router.path,
+                "clusters": self.router.clusters and root / self.router.clusters,
+            }
+        )
         return self.model_copy(update={"experts": experts, "base_models": bases, "router": router})
 
     def domains(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CARD_FILE", "Reference", "RouterArtifact", "RouterCard"]
 
-FORMAT = 2
+FORMAT = 3
 CARD_FILE = "router.json"
 HEAD_FILE = "head.safetensors"
 REFERENCES_FILE = "references.jsonl"
@@ -35,7 +35,7 @@ class RouterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    format: int = FORMAT
     encoder: str
     """Where the encoder came from."""
     finetuned: bool = False
@@ -53,6 +53,13 @@ class RouterCard(BaseModel):
     """Accuracy on each data set when it was left out of training."""
     recipe: Mapping[str, Any] = Field(default_factory=dict)
     licence: str = ""
+
+    @field_validator("format")
+    @classmethod
+    def _can_be_read(cls, value: int) -> int:
+        if value != FORMAT:
+            raise ValueError(f"{value} is not {FORMAT}, which is read here; train the router again")
+        return value
 
     @field_validator("labels")
     @classmethod
@@ -79,7 +86,7 @@ class RouterArtifact:
     Attributes:
         weight: [labels, dimensions], with one more row for "none of them" if the card has an
             `out_of_scope` probability; bias: of the same rows. They give logits.
-        vectors: [references, dimensions], unit length, in the order of `references`.
+        vectors: [references, dimensions], the inner unit vectors of the `references`.
     """
 
     card: RouterCard
@@ -148,7 +155,7 @@ class RouterArtifact:
 
     @property
     def dimensions(self) -> int:
-        """Length of the encoder's vectors."""
+        """Length of the half of the encoder's vectors that the head reads."""
         return int(self.weight.shape[1])
 
     def _check_shapes(self, folder: Path) -> None:

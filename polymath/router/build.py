@@ -1,32 +1,60 @@
 """The router that the config names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from polymath.router.artifact import RouterArtifact
+from polymath.router.cluster_artifact import DISTILLED_FOLDER, ClusterArtifact, ClusterCard
+from polymath.router.cluster_readers import PromptFeatures, distilled_reader, gradient_reader
 from polymath.router.decision import Router
 from polymath.router.encoder import SentenceEncoder
 from polymath.router.encoder_router import EncoderRouter
+from polymath.router.gradient_router import ClusterPolicy, GradientRouter
+from polymath.router.hybrid_router import HybridRouter
 from polymath.router.policy import Policy
+from polymath.router.ruled_router import RuledRouter
 from polymath.router.rules import Rule
 from polymath.router.settings import RouterSettings
 
 __all__ = ["build_router"]
+
+OpenFeatures = Callable[[ClusterCard], PromptFeatures]
+"""What the clusters were found by -> the gradients of prompts, for which a model is needed."""
 
 
 def build_router(
     settings: RouterSettings,
     owners: Mapping[str, str],
     examples: Mapping[str, Sequence[str]] | None = None,
+    open_features: OpenFeatures | None = None,
 ) -> Router:
     """Load the router and its encoder.
 
     Args:
         owners: domain -> name of the expert that answers it.
         examples: domain -> prompts by which it is known without training.
+        open_features: needed for gradients, unless they are distilled.
     Raises:
-        RouterArtifactError: the router folder cannot be used.
+        RouterArtifactError: a folder cannot be used.
         ModelSourceError: the encoder in it cannot be used.
     """
+    clusters = settings.cluster_folder
+    if clusters is None:
+        router: Router = _encoder_router(settings, owners, examples)
+    else:
+        router = _gradient_router(settings, clusters, owners, open_features)
+        if settings.kind == "hybrid":
+            encoder = _encoder_router(settings, owners, examples)
+            router = HybridRouter(encoder, router, settings.share)
+    rules = [Rule(rule) for rule in settings.rules]
+    return RuledRouter(rules, router, owners) if rules else router
+
+
+def _encoder_router(
+    settings: RouterSettings,
+    owners: Mapping[str, str],
+    examples: Mapping[str, Sequence[str]] | None,
+) -> EncoderRouter:
     artifact = RouterArtifact.load(settings.path)
     encoder = SentenceEncoder(settings.path, settings.threads, artifact.card.max_tokens)
     policy = Policy(
@@ -37,7 +65,23 @@ def build_router(
         settings.top_k,
         settings.combine,
     )
-    rules = [Rule(rule) for rule in settings.rules]
     return EncoderRouter(
-        artifact, encoder, policy, examples, rules, settings.sticky, settings.out_of_scope
+        artifact, encoder, policy, examples, settings.sticky, settings.out_of_scope
     )
+
+
+def _gradient_router(
+    settings: RouterSettings,
+    folder: Path,
+    owners: Mapping[str, str],
+    open_features: OpenFeatures | None,
+) -> GradientRouter:
+    artifact = ClusterArtifact.load(folder)
+    if settings.distil:
+        read = distilled_reader(folder / DISTILLED_FOLDER, settings.threads)
+    else:
+        if open_features is None:
+            raise ValueError("gradients need a model")
+        read = gradient_reader(artifact, open_features(artifact.card), settings.temperature)
+    policy = ClusterPolicy(settings.fallback, owners, settings.base_weight, settings.top_k)
+    return GradientRouter(read, artifact.card.labels, policy)

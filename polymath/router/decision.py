@@ -11,7 +11,7 @@ Message = Mapping[str, str]
 
 Source = Literal["encoder", "gradient", "rule", "explicit", "sticky", "fallback"]
 
-Combine = Literal["select", "ensemble", "posterior"]
+Combine = Literal["select", "ensemble", "posterior", "logits"]
 """Who answers: the expert of the largest weight, or all of them by the engine's combiners."""
 
 

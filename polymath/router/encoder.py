@@ -1,4 +1,7 @@
-"""A sentence encoder on ONNX Runtime: texts to unit vectors (Sentence-BERT, Reimers 2019).
+"""A sentence encoder on ONNX Runtime: texts to vectors (Sentence-BERT, Reimers 2019).
+
+A vector has two halves of unit length: the last layer, which a head was trained on, and an inner
+layer, which tells prompts apart more widely and measures likeness (`halves`).
 
 An encoder folder holds `model.onnx` and `tokenizer.json`. Neither torch nor transformers is loaded.
 """
@@ -22,6 +25,7 @@ __all__ = [
     "MODEL_FILE",
     "TOKENIZER_FILE",
     "SentenceEncoder",
+    "halves",
     "head_and_tail",
     "open_tokenizer",
     "token_ids",
@@ -41,7 +45,7 @@ CHARACTERS_PER_TOKEN = 16
 
 
 class SentenceEncoder:
-    """Texts to unit vectors.
+    """Texts to vectors.
 
     Args:
         folder: holds `model.onnx` and `tokenizer.json`.
@@ -58,11 +62,11 @@ class SentenceEncoder:
 
     @property
     def dimensions(self) -> int:
-        """Length of the vectors."""
-        return int(self._session.get_outputs()[0].shape[-1])
+        """Length of the vectors, both halves."""
+        return sum(int(output.shape[-1]) for output in self._session.get_outputs())
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors of the texts, [texts, dimensions]."""
+        """Vectors of the texts, [texts, dimensions]."""
         return self.encode_ids(self.token_ids(texts))
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -70,19 +74,25 @@ class SentenceEncoder:
         return token_ids(self._tokenizer, texts, self._max_tokens)
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Unit vectors of tokenised texts, [texts, dimensions]."""
+        """Vectors of tokenised texts, [texts, dimensions]; those of one length run together.
+
+        (On CPU a batch is hardly faster than its rows one by one, so padding would only cost.)
+        """
         import numpy as np
 
-        longest = max(map(len, rows), default=0)
-        if longest == 0:
-            return np.zeros((len(rows), self.dimensions), dtype=np.float32)
-        ids = np.zeros((len(rows), longest), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = row
-            mask[index, : len(row)] = 1
-        (vectors,) = self._session.run(None, {"input_ids": ids, "attention_mask": mask})
-        return np.asarray(vectors, dtype=np.float32)
+        vectors = np.zeros((len(rows), self.dimensions), dtype=np.float32)
+        lengths = np.array([len(row) for row in rows])
+        for length in set(lengths.tolist()) - {0}:
+            members = np.flatnonzero(lengths == length).tolist()
+            ids = np.array([rows[index] for index in members], dtype=np.int64)
+            vectors[members] = np.concatenate(self._session.run(None, {"input_ids": ids}), axis=1)
+        return vectors
+
+
+def halves(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What a head reads, and what likeness is measured in; each [..., dimensions / 2]."""
+    middle = vectors.shape[-1] // 2
+    return vectors[..., :middle], vectors[..., middle:]
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:

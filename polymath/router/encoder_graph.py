@@ -3,7 +3,8 @@
 In int8 every linear layer multiplies uint8 activations by int8 weights. Each input channel has a
 static scale, found on calibration prompts and folded into the weights (SmoothQuant, Xiao et al.
 2023, with all of the difficulty moved to the weights); the weights have a scale for each output.
-As no scale depends on what else is in the batch, a text has the same vector alone and in company.
+As no scale depends on what else is in the batch, and all texts of a batch are of one length (no
+attention has to be masked), a text has the same vectors alone and in company.
 
 The graph is built from the tensors themselves: neither torch nor transformers is needed.
 """
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-__all__ = ["BertConfig", "Pooling", "activation_ranges", "encoder_graph"]
+__all__ = ["OUTPUTS", "BertConfig", "Pooling", "activation_ranges", "encoder_graph"]
 
 Pooling = Literal["mean", "cls"]
+
+OUTPUTS = ("sentence_embedding", "inner_embedding")
+"""Unit vectors: of the last layer, and of the layer after two thirds of the way."""
 
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
@@ -56,11 +60,12 @@ def encoder_graph(
     pooling: Pooling = "mean",
     ranges: Mapping[str, Floats] | None = None,
 ) -> Any:
-    """The encoder as an ONNX model: `input_ids`, `attention_mask` -> `sentence_embedding`.
+    """The encoder as an ONNX model: `input_ids` [batch, tokens] -> `OUTPUTS`, [batch, width] each.
 
     Args:
         weights: BERT's tensors by their Hugging Face names, without a prefix.
         max_tokens: position embeddings that are kept.
+        pooling: of the last layer; the inner one is always averaged.
         ranges: of the inputs of every linear layer (`activation_ranges`), for int8; without them
             the graph is in float32 and has those inputs as further outputs.
     Raises:
@@ -84,11 +89,11 @@ def activation_ranges(model: Any, batches: Iterable[Sequence[int]]) -> dict[str,
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    names = [output.name for output in session.get_outputs()[1:]]
+    names = [output.name for output in session.get_outputs()[len(OUTPUTS) :]]
     ranges: dict[str, Floats] = {}
     for ids in batches:
-        inputs = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-        for name, values in zip(names, session.run(names, inputs), strict=True):
+        found = session.run(names, {"input_ids": np.array([ids])})
+        for name, values in zip(names, found, strict=True):
             largest = np.abs(values).max(axis=(0, 1))
             ranges[name] = np.maximum(ranges.get(name, largest), largest)
     return ranges
@@ -117,22 +122,21 @@ class _Graph:
         from onnx import TensorProto, helper
 
         width = self._config.hidden_size
-        self._constant("qkv.widths", np.array([width] * 3))
+        self._constant("axis.tokens", np.array([1]))
         if self._ranges is not None:
             self._constant("one", np.float32(1))
             self._constant("zero_point", np.uint8(ZERO_POINT))
-        states = self._embeddings()
-        self._node("Cast", ["attention_mask"], "mask", to=TensorProto.INT32)
+        states = [self._embeddings()]
         for layer in range(self._config.num_hidden_layers):
-            states = self._layer(f"encoder.layer.{layer}", states)
-        pooled = self._mean(states) if pooling == "mean" else self._first(states)
-        self._node("LpNormalization", [pooled], "sentence_embedding", axis=-1, p=2)
+            states.append(self._layer(f"encoder.layer.{layer}", states[-1]))
+        inner = states[_inner_layer(self._config.num_hidden_layers)]
+        pool = self._mean if pooling == "mean" else self._first
+        pooled = pool(states[-1], "last"), self._mean(inner, "inner")
+        for source, name in zip(pooled, OUTPUTS, strict=True):
+            self._node("LpNormalization", [source], name, axis=-1, p=2)
         typed = helper.make_tensor_value_info
-        inputs = [
-            typed(name, TensorProto.INT64, ["batch", "tokens"])
-            for name in ("input_ids", "attention_mask")
-        ]
-        outputs = [typed("sentence_embedding", TensorProto.FLOAT, ["batch", width])]
+        inputs = [typed("input_ids", TensorProto.INT64, ["batch", "tokens"])]
+        outputs = [typed(name, TensorProto.FLOAT, ["batch", width]) for name in OUTPUTS]
         outputs += [typed(name, TensorProto.FLOAT, None) for name in self._tapped]
         graph = helper.make_graph(self._nodes, "encoder", inputs, outputs, self._constants)
         opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
@@ -144,7 +148,10 @@ class _Graph:
         from onnx import TensorProto
 
         name = "embeddings"
-        codes, scale = _rounded(self._weights[f"{name}.word_embeddings.weight"])
+        words = self._weights[f"{name}.word_embeddings.weight"]
+        if words.shape[1] != (width := self._config.hidden_size):
+            raise ValueError(f"word embeddings of {words.shape[1]} dimensions, not {width}")
+        codes, scale = _rounded(words)
         positions = self._weights[f"{name}.position_embeddings.weight"][: self._max_tokens]
         segment = self._weights[f"{name}.token_type_embeddings.weight"][0]
         self._constant("words.codes", codes)
@@ -170,21 +177,10 @@ class _Graph:
 
     def _attention(self, layer: str, states: str) -> str:
         name = f"{layer}.attention.self"
-        parts = [f"{name}.{part}" for part in ("query", "key", "value")]
-        qkv = self._linear(
-            f"{name}.qkv",
-            states,
-            self._joined([f"{part}.weight" for part in parts]),
-            self._joined([f"{part}.bias" for part in parts]),
-        )
-        self._node("Split", [qkv, "qkv.widths"], parts, axis=-1)
-        return self._node(
-            "MultiHeadAttention",
-            [*parts, "", "mask"],
-            name,
-            domain=MICROSOFT,
-            num_heads=self._config.num_attention_heads,
-        )
+        inputs = self._operand(f"{name}.in", states)
+        parts = [self._product(f"{name}.{part}", inputs) for part in ("query", "key", "value")]
+        heads = self._config.num_attention_heads
+        return self._node("MultiHeadAttention", parts, name, domain=MICROSOFT, num_heads=heads)
 
     def _norm(self, name: str, left: str, right: str) -> str:
         """Layer norm of a sum. (The fused operator of ONNX Runtime is slower than these two.)"""
@@ -195,58 +191,50 @@ class _Graph:
         epsilon = self._config.layer_norm_eps
         return self._node("LayerNormalization", inputs, name, epsilon=epsilon, axis=-1)
 
-    def _dense(self, name: str, inputs: str) -> str:
-        return self._linear(
-            name, inputs, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        )
+    def _dense(self, name: str, states: str) -> str:
+        return self._product(name, self._operand(f"{name}.in", states))
 
-    def _linear(self, name: str, inputs: str, weight: Floats, bias: Floats) -> str:
-        self._constant(f"{name}.bias", bias)
+    def _operand(self, name: str, states: str) -> str:
+        """The input of linear layers: as it is, or with each channel scaled to uint8."""
+        if self._ranges is None:
+            self._tapped.append(name)
+            return self._node("Identity", [states], name)
+        self._constant(f"{name}.inverse", 1 / self._scale(name))
+        self._node("Mul", [states, f"{name}.inverse"], f"{name}.scaled")
+        return self._node("QuantizeLinear", [f"{name}.scaled", "one", "zero_point"], name)
+
+    def _product(self, name: str, operand: str) -> str:
+        """`operand` times the weights, plus the bias."""
+        weight = self._weights[f"{name}.weight"]
+        self._constant(f"{name}.bias", self._weights[f"{name}.bias"])
         if self._ranges is None:
             self._constant(f"{name}.weight", weight.T)
-            self._node("Identity", [inputs], f"{name}.in")
-            self._tapped.append(f"{name}.in")
-            product = self._node("MatMul", [f"{name}.in", f"{name}.weight"], f"{name}.product")
+            product = self._node("MatMul", [operand, f"{name}.weight"], f"{name}.product")
             return self._node("Add", [product, f"{name}.bias"], name)
-        return self._int8_linear(name, inputs, weight, self._ranges[f"{name}.in"])
-
-    def _int8_linear(self, name: str, inputs: str, weight: Floats, largest: Floats) -> str:
-        import numpy as np
-
-        scale = (np.maximum(largest, LEAST_RANGE) / LARGEST_CODE).astype(np.float32)
-        codes, output_scale = _rounded(weight * scale)
-        self._constant(f"{name}.inverse", (1 / scale).astype(np.float32))
+        codes, scale = _rounded(weight * self._scale(operand))
         self._constant(f"{name}.codes", codes.T)
-        self._constant(f"{name}.scale", output_scale)
-        self._node("Mul", [inputs, f"{name}.inverse"], f"{name}.scaled")
-        self._node("QuantizeLinear", [f"{name}.scaled", "one", "zero_point"], f"{name}.uint8")
-        operands = [f"{name}.uint8", f"{name}.codes", "one", f"{name}.scale", "zero_point", ""]
+        self._constant(f"{name}.scale", scale)
+        operands = [operand, f"{name}.codes", "one", f"{name}.scale", "zero_point", ""]
         return self._node(
             "MatMulIntegerToFloat", [*operands, f"{name}.bias"], name, domain=MICROSOFT
         )
 
-    def _mean(self, states: str) -> str:
-        """The sum over the tokens that are not padding: the mean but for its length."""
+    def _scale(self, operand: str) -> Floats:
+        """Of each channel in uint8 (int8 and an offset), [inputs]."""
         import numpy as np
-        from onnx import TensorProto
 
-        self._constant("axes.tokens", np.array([1]))
-        self._constant("axes.width", np.array([2]))
-        self._node("Cast", ["attention_mask"], "mask.float", to=TensorProto.FLOAT)
-        self._node("Unsqueeze", ["mask.float", "axes.width"], "mask.wide")
-        self._node("Mul", [states, "mask.wide"], "states.kept")
-        return self._node("ReduceSum", ["states.kept", "axes.tokens"], "pooled", keepdims=0)
+        assert self._ranges is not None
+        scale = np.maximum(self._ranges[operand], LEAST_RANGE) / LARGEST_CODE
+        return scale.astype(np.float32)
 
-    def _first(self, states: str) -> str:
+    def _mean(self, states: str, name: str) -> str:
+        return self._node("ReduceMean", [states, "axis.tokens"], name, keepdims=0)
+
+    def _first(self, states: str, name: str) -> str:
         import numpy as np
 
         self._constant("cls", np.array(0))
-        return self._node("Gather", [states, "cls"], "pooled", axis=1)
-
-    def _joined(self, names: Sequence[str]) -> Floats:
-        import numpy as np
-
-        return np.concatenate([self._weights[name] for name in names])
+        return self._node("Gather", [states, "cls"], name, axis=1)
 
     def _node(
         self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any
@@ -262,6 +250,15 @@ class _Graph:
         from onnx import numpy_helper
 
         self._constants.append(numpy_helper.from_array(np.asarray(values, order="C"), name))
+
+
+def _inner_layer(layers: int) -> int:
+    """The layer, counted from 1, whose states tell prompts apart most widely.
+
+    The last layers of a fine-tuned encoder see little but the domains it was tuned for; two thirds
+    of the way up a new domain still has a place of its own.
+    """
+    return max(1, 2 * layers // 3)
 
 
 def _rounded(matrix: Floats) -> tuple[NDArray[np.int8], Floats]:

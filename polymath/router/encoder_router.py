@@ -5,22 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polymath.errors import RouterArtifactError
 from polymath.router.artifact import Reference, RouterArtifact
+from polymath.router.calibration import calibrated
 from polymath.router.conversation import Reading, belief, user_turns
 from polymath.router.decision import Message, Neighbour, RouteDecision, Why
+from polymath.router.encoder import halves
 from polymath.router.micro_batch import Encoder, MicroBatcher
 from polymath.router.policy import Policy
 from polymath.router.prototypes import Prototypes
-from polymath.router.rules import Rule, first_match
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["EncoderRouter", "calibrated"]
+__all__ = ["EncoderRouter"]
 
 NEAREST = 3
 """Training prompts that a decision points at."""
@@ -35,14 +36,13 @@ TINY = 1e-12
 
 
 class EncoderRouter:
-    """User turns -> unit vectors -> calibrated domain probabilities -> weights over experts.
+    """User turns -> vectors -> calibrated domain probabilities -> weights over experts.
 
     Args:
         artifact: the trained head.
         encoder: the encoder that the head was trained on.
         policy: which expert owns a domain, and what happens when the router is unsure.
         examples: domain -> prompts by which a domain is known without training.
-        rules: asked before the encoder.
         sticky: probability that a conversation stays in its domain from turn to turn.
         out_of_scope: from this probability on a prompt is of no domain; by default the artifact's.
     Raises:
@@ -55,11 +55,10 @@ class EncoderRouter:
         encoder: Encoder,
         policy: Policy,
         examples: Mapping[str, Sequence[str]] | None = None,
-        rules: Iterable[Rule] = (),
         sticky: float = 0.0,
         out_of_scope: float | None = None,
     ) -> None:
-        found = encoder.encode([""]).shape[1]
+        found = halves(encoder.encode([""]))[0].shape[1]
         if found != artifact.dimensions:
             raise RouterArtifactError(
                 f"the router was trained on vectors of {artifact.dimensions} dimensions, "
@@ -68,7 +67,6 @@ class EncoderRouter:
         self._artifact = artifact
         self._encoder = MicroBatcher(encoder)
         self._policy = policy
-        self._rules = tuple(rules)
         self._sticky = sticky
         limit = artifact.card.out_of_scope if out_of_scope is None else out_of_scope
         self._out_of_scope = 1.0 if limit is None else limit
@@ -83,19 +81,8 @@ class EncoderRouter:
         """The decision for the last user turn; any text is answered."""
         started = time.perf_counter()
         turns = user_turns(messages, TURNS if self._sticky else 1)
-        rule = first_match(self._rules, turns[-1], messages, headers or {})
-        decision = self._by_encoder(turns) if rule is None else self._by_rule(rule)
+        decision = self._by_encoder(turns)
         return replace(decision, latency_ms=(time.perf_counter() - started) * 1e3)
-
-    def _by_rule(self, rule: Rule) -> RouteDecision:
-        owned = (d for d, expert in self._policy.owners.items() if expert == rule.expert)
-        return RouteDecision(
-            weights={rule.expert: 1.0},
-            confidence=1.0,
-            domain=next(owned, None),
-            source="rule",
-            why=Why(rule=rule.name),
-        )
 
     def _by_encoder(self, turns: Sequence[str]) -> RouteDecision:
         vectors = self._encoder.vectors(turns)
@@ -115,7 +102,7 @@ class EncoderRouter:
             source="sticky" if stuck and choice.source == "encoder" else choice.source,
             why=Why(
                 domains=dict(list(probabilities.items())[:SHOWN_DOMAINS]),
-                nearest=self._nearest(vectors[-1], last.domains),
+                nearest=self._nearest(halves(vectors[-1])[1], last.domains),
                 out_of_scope=last.out_of_scope,
             ),
             combine=choice.combine,
@@ -124,11 +111,12 @@ class EncoderRouter:
     def _read(self, vector: NDArray[np.float32]) -> Reading:
         """Probabilities of the trained domains, and beside them of those known by examples."""
         card = self._artifact.card
-        logits = self._artifact.weight @ vector + self._artifact.bias
+        read, likeness = halves(vector)
+        logits = self._artifact.weight @ read + self._artifact.bias
         values: list[float] = calibrated(logits[None], card.temperature)[0].tolist()
         outside = values[len(card.labels)] if len(values) > len(card.labels) else 0.0
         inside = max(1 - outside, TINY)
-        odds = self._prototypes.odds(vector) if self._prototypes else {}
+        odds = self._prototypes.odds(likeness) if self._prototypes else {}
         total = 1 + sum(odds.values())
         domains = {
             label: value / inside / total for label, value in zip(card.labels, values, strict=False)
@@ -149,7 +137,7 @@ class EncoderRouter:
         return tuple(found[:NEAREST])
 
     def _learn(self, examples: Mapping[str, Sequence[str]], encoder: Encoder) -> None:
-        vectors = {domain: encoder.encode(texts) for domain, texts in examples.items()}
+        vectors = {domain: halves(encoder.encode(texts))[1] for domain, texts in examples.items()}
         domains = [reference.domain for reference in self._artifact.references]
         self._prototypes = Prototypes(vectors, self._artifact.vectors, domains)
         for domain, texts in examples.items():
@@ -177,14 +165,3 @@ def _most_similar(
         )
         for index in nearest.tolist()
     ]
-
-
-def calibrated(logits: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:
-    """Temperature-scaled softmax over the last axis (Guo et al. 2017), in float64."""
-    import numpy as np
-
-    scaled = logits.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=-1, keepdims=True)
-    exponentials = np.exp(scaled)
-    result: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return result

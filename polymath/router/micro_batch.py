@@ -25,7 +25,7 @@ LONGEST_CACHED = 2048
 
 
 class Encoder(Protocol):
-    """Texts to unit vectors."""
+    """Texts to vectors of two halves (`polymath.router.encoder.halves`)."""
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """[texts, dimensions]"""
@@ -52,7 +52,7 @@ class MicroBatcher:
         self._cache_lock = threading.Lock()
 
     def vectors(self, texts: Sequence[str]) -> list[NDArray[np.float32]]:
-        """The unit vector of each text, [dimensions]."""
+        """The vector of each text, [dimensions]."""
         found = [self._remembered(text) for text in texts]
         pending = {
             text: _Pending(text)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polymath.router.decision import Combine
 from polymath.router.rules import RuleSettings
@@ -16,15 +16,43 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["encoder"] = Field(
-        default="encoder", description="`encoder`: a sentence encoder with a trained head."
+    kind: Literal["encoder", "gradient", "hybrid"] = Field(
+        default="encoder",
+        description="`encoder`: a sentence encoder with a trained head. `gradient`: the direction "
+        "in which a prompt pulls an adapter's weights (ELREA). `hybrid`: both, mixed.",
     )
     path: Path = Field(
-        description="Router folder that `polymath train router` wrote, relative to the config file."
+        description="Folder that `polymath train router` wrote (for `gradient`, `polymath train "
+        "clusters`), relative to the config file."
+    )
+    clusters: Path | None = Field(
+        default=None,
+        description="For `hybrid`: folder that `polymath train clusters` wrote.",
+    )
+    base_weight: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Of the base adapter's logits, where the clusters' experts have 1 together.",
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Of the softmax over the clusters; small values trust the nearest one.",
+    )
+    share: float = Field(
+        default=0.5, ge=0, le=1, description="For `hybrid`: share of the gradient's weights."
+    )
+    distil: bool = Field(
+        default=False,
+        description="Guess the clusters from the words, at encoder speed, instead of computing "
+        "the gradient.",
     )
     fallback: str = Field(
         min_length=1,
-        description="Expert for prompts that are out of scope or that the router is not sure of.",
+        description="Expert for prompts that are out of scope or that the router is not sure of; "
+        "for `gradient` and `hybrid` that of the clusters' base adapter, which answers with them.",
     )
     min_confidence: float = Field(
         default=0.4, ge=0, le=1, description="Below this confidence the fallback answers."
@@ -39,8 +67,8 @@ class RouterSettings(BaseModel):
     combine: Combine = Field(
         default="select",
         description="What an unsure router does: `select` the likeliest expert, or let several "
-        "answer together: `ensemble` (their probabilities weighted by the router) or `posterior` "
-        "(weights that follow the text).",
+        "answer together: `ensemble` (their probabilities weighted by the router), `logits` (their "
+        "logits) or `posterior` (weights that follow the text).",
     )
     margin: float = Field(
         default=0.2,
@@ -49,7 +77,10 @@ class RouterSettings(BaseModel):
         description="The router is unsure where the two likeliest experts are closer than this.",
     )
     top_k: int = Field(
-        default=2, ge=2, description="So many experts answer together when it is unsure."
+        default=2,
+        ge=1,
+        description="So many experts answer together: of an unsure encoder, or beside the base of "
+        "the clusters.",
     )
     sticky: float = Field(
         default=0.3,
@@ -62,3 +93,14 @@ class RouterSettings(BaseModel):
         default=(), description="Asked in order before the encoder; the first that matches decides."
     )
     threads: int = Field(default=1, ge=1, le=64, description="CPU threads of the encoder.")
+
+    @property
+    def cluster_folder(self) -> Path | None:
+        """Where the clusters are, if they are asked for."""
+        return {"encoder": None, "gradient": self.path, "hybrid": self.clusters}[self.kind]
+
+    @model_validator(mode="after")
+    def _names_what_its_kind_needs(self) -> "RouterSettings":
+        if self.kind == "hybrid" and self.clusters is None:
+            raise ValueError("a router of kind hybrid needs `clusters`")
+        return self

@@ -1,6 +1,8 @@
 """Routers and experts from data, and their evaluation. Imports router, experts and proxy."""
 
 from polymath.training.adapter_card import adapter_card, write_card
+from polymath.training.cluster_training import ClusterRecipe, ClusterTraining, expert_folder
+from polymath.training.clustering import centroids_of, cluster
 from polymath.training.data import (
     OUT_OF_SCOPE,
     ChatRow,
@@ -14,6 +16,8 @@ from polymath.training.data import (
 )
 from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
 from polymath.training.engine_perplexity import answer_perplexity
+from polymath.training.ensemble_loss import AdapterEnsemble
+from polymath.training.examples import encode_chat, padding_id
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import LinearHead, fit_head
@@ -34,6 +38,14 @@ from polymath.training.router_training import RouterRecipe, train_router
 from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "AdapterEnsemble",
+    "ClusterRecipe",
+    "ClusterTraining",
+    "centroids_of",
+    "cluster",
+    "encode_chat",
+    "expert_folder",
+    "padding_id",
     "encode_prompts",
     "source_folds",
     "fit_head",

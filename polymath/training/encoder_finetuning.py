@@ -48,11 +48,11 @@ class FinetuneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompts: int = Field(default=32_000, ge=1)
+    prompts: int = Field(default=38_000, ge=1)
     """Prompts seen, drawn with the weights of the rows."""
     batch_size: int = Field(default=32, ge=2)
     learning_rate: float = Field(default=2e-4, gt=0)
-    frozen_layers: int = Field(default=2, ge=0)
+    frozen_layers: int = Field(default=3, ge=0)
     """Lowest layers that stay as they are, like the embeddings; the last layer always learns."""
     max_tokens: int = Field(default=128, ge=8)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)

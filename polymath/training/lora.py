@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,16 +32,21 @@ from polymath.training.recipe import ExpertReport, LoraRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from torch.optim import Optimizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["LoraTrainer"]
+__all__ = ["Advance", "LoraTrainer"]
 
 CHECKPOINT_FOLDER = ".checkpoint"
+WEIGHTS_FILE = "adapter_model.safetensors"
 CHECKPOINT_SECONDS = 30.0
 CHECKPOINT_KEYS = frozenset({"fingerprint", "step", "seconds", "adapter", "optimizer"})
 WARMUP_SHARE = 0.05
 MAX_GRADIENT_NORM = 1.0
+
+FACTOR = re.compile(r"(layers\.\d+\..+)\.(lora_[AB])\.default\.weight$")
+"""Names of low-rank factors in a PEFT model."""
 
 Advance = Callable[[int, int, float], Any]
 """Called with (tokens trained, tokens in all, loss of the last step)."""
@@ -54,12 +60,18 @@ class LoraTrainer:
         rows: the conversations to learn.
         recipe: rank, targets, budget, seed.
         out: folder of the adapter; a checkpoint of the same base, recipe and data is gone on with.
+        start: folder of the adapter to go on from, of the same shape; by default a new one.
     Raises:
         DataError: no row has an answer within `max_length`, or a target module does not exist.
     """
 
     def __init__(
-        self, model_folder: Path, rows: Sequence[ChatRow], recipe: LoraRecipe, out: Path
+        self,
+        model_folder: Path,
+        rows: Sequence[ChatRow],
+        recipe: LoraRecipe,
+        out: Path,
+        start: Path | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -73,6 +85,9 @@ class LoraTrainer:
         self.model = _peft_model(model_folder, recipe)
         self.fingerprint = f"{fingerprint(rows)}:{recipe.model_dump_json()}"
         self.base_sha256 = _base_sha256(model_folder)
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        if start is not None:
+            self._start_from(start)
 
     def train(self, advance: Advance = lambda done, total, loss: None) -> float:
         """Run the schedule to its end, from the last checkpoint if there is one.
@@ -100,6 +115,7 @@ class LoraTrainer:
                 self._checkpoint(optimizer, step + 1, saved - started)
         seconds = time.monotonic() - started
         self._checkpoint(optimizer, len(self.schedule), seconds)
+        self.moments = _moments(self.model, optimizer)
         return seconds
 
     def finish(self, base_model: str, held_out: Sequence[ChatRow], seconds: float) -> ExpertReport:
@@ -138,9 +154,9 @@ class LoraTrainer:
         self.out.mkdir(parents=True, exist_ok=True)
         state = get_peft_model_state_dict(self.model)
         tensors = {name: weight.half().contiguous() for name, weight in state.items()}
-        partial = self.out / "adapter_model.safetensors.tmp"
+        partial = self.out / f"{WEIGHTS_FILE}.tmp"
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(self.out / "adapter_model.safetensors")
+        partial.replace(self.out / WEIGHTS_FILE)
         config = self.model.peft_config["default"]
         config.inference_mode = True
         config.base_model_name_or_path = None
@@ -150,6 +166,14 @@ class LoraTrainer:
     def evaluate(self, rows: Sequence[ChatRow]) -> tuple[Perplexity, Perplexity]:
         """Perplexity of the answers without and with the adapter."""
         return self._measure(self._encode(rows, "held-out row"))
+
+    def _start_from(self, adapter: Path) -> None:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load
+
+        data = (adapter / WEIGHTS_FILE).read_bytes()
+        self.fingerprint += f":{hashlib.sha256(data).hexdigest()}"
+        set_peft_model_state_dict(self.model, load(data))
 
     def _measure(self, examples: Sequence[Example]) -> tuple[Perplexity, Perplexity]:
         pad = padding_id(self.tokenizer)
@@ -233,6 +257,15 @@ def _load_checkpoint(file: Path) -> dict[str, Any]:
             f"{file}: corrupt checkpoint ({error}); delete {file.parent} to start anew"
         ) from error
     return state
+
+
+def _moments(model: PeftModel, optimizer: Optimizer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adam's running means of the gradient and of its square, by factor (`AdamMoments`)."""
+    moments = {}
+    for name, weight in model.named_parameters():
+        if (found := FACTOR.search(name)) and (state := optimizer.state.get(weight)):
+            moments[f"{found[1]}.{found[2]}"] = (state["exp_avg"], state["exp_avg_sq"])
+    return moments
 
 
 def _base_sha256(folder: Path) -> str:

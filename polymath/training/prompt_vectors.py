@@ -22,7 +22,7 @@ def encode_prompts(
     rows: Sequence[PromptRow],
     advance: Callable[[int, int], Any] = lambda done, total: None,
 ) -> NDArray[np.float32]:
-    """Vectors of the rows, [rows, dimensions]; batched by length, so that padding costs little.
+    """Vectors of the rows, [rows, dimensions]; batched by length.
 
     Args:
         advance: called with (rows done, rows in all).

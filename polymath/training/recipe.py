@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polymath.errors import DataError
 
-__all__ = ["ExpertReport", "LoraRecipe"]
+__all__ = ["ExpertReport", "LoraRecipe", "checked"]
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 class LoraRecipe(BaseModel):
@@ -33,18 +36,25 @@ class LoraRecipe(BaseModel):
         Raises:
             DataError: a value is out of range; the message names it.
         """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise DataError(
-                f"{first['loc'][0]}: {first['msg']}, found {first['input']!r}"
-            ) from None
+        return checked(cls, values)
 
     @property
     def alpha(self) -> float:
         """`lora_alpha`, or twice the rank."""
         return self.lora_alpha or 2.0 * self.lora_rank
+
+
+def checked(recipe: type[Recipe], values: Mapping[str, Any]) -> Recipe:
+    """A recipe of what a user typed.
+
+    Raises:
+        DataError: a value is out of range; the message names it.
+    """
+    try:
+        return recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from None
 
 
 class ExpertReport(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from polymath.router import Encoder, Reference
+from polymath.router import Encoder, Reference, halves
 from polymath.training.data import PromptRow
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.prompt_vectors import encode_prompts
@@ -37,7 +37,7 @@ def choose_references(
     Args:
         withheld: sources whose texts are left out; the ids stand for them.
     Returns:
-        The references and their unit vectors, [references, dimensions].
+        The references and their inner unit vectors, [references, dimensions].
     """
     import numpy as np
 
@@ -49,7 +49,8 @@ def choose_references(
             for members in domains
         ]
     )
-    vectors = encode_prompts(encoder, [data.rows[index] for index in candidates], advance)
+    rows = [data.rows[index] for index in candidates]
+    _, vectors = halves(encode_prompts(encoder, rows, advance))
     targets = data.targets[candidates]
     kept = [
         place

@@ -25,6 +25,7 @@ from polymath.router import (
     calibrated,
     encoder_length,
     export_encoder,
+    halves,
     locate_encoder,
 )
 from polymath.training.data import PromptRow, fingerprint
@@ -132,9 +133,8 @@ class _Training:
 
     def run(self, licence: str, withheld: Collection[str]) -> RouterArtifact:
         self._open_work_folder()
-        vectors = encode_prompts(
-            self._frozen(), self._data.rows, partial(self._progress, "encoding prompts")
-        )
+        encoding = partial(self._progress, "encoding prompts")
+        vectors, _ = halves(encode_prompts(self._frozen(), self._data.rows, encoding))
         regularisation, frozen_scores = validated_head(
             self._data,
             vectors,
@@ -158,7 +158,9 @@ class _Training:
     def _open_work_folder(self) -> None:
         """Drop what an unfinished run of another encoder, other data or another seed left."""
         recipe = self._recipe.model_dump_json(include={"inverse_regularisation", "seed"})
-        key, file = f"{self._source}:{self._fingerprint}:{recipe}", self._work / "key"
+        format_ = RouterCard.model_fields["format"].default
+        key = f"{format_}:{self._source}:{self._fingerprint}:{recipe}"
+        file = self._work / "key"
         if file.exists() and file.read_text(encoding="utf-8") != key:
             shutil.rmtree(self._work)
         self._work.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,7 @@ class _Training:
             tuned, head = self._finetune(fold.kept(len(rows)), vectors, value, recipe, stage)
             held_out = [rows[index] for index in fold.held_out]
             measuring = partial(self._progress, f"measuring on {fold.name}")
-            logits = head.logits(encode_prompts(tuned, held_out, measuring))
+            logits = head.logits(halves(encode_prompts(tuned, held_out, measuring))[0])
             targets = self._data.targets[list(fold.held_out)]
             journal.add(fold.name, domain_accuracy(logits, targets, len(self._data.labels)))
             self._checkpoint.unlink(missing_ok=True)
@@ -270,7 +272,7 @@ class _Training:
         self._install(self._work / "tuned-int8")
         rows = [self._data.rows[index] for index in held_out]
         measuring = partial(self._progress, "measuring on held-out prompts")
-        encoded = encode_prompts(tuned, rows, measuring)
+        encoded, _ = halves(encode_prompts(tuned, rows, measuring))
         return head, head.logits(encoded), self._data.targets[held_out]
 
     def _artifact(

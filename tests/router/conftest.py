@@ -76,7 +76,9 @@ def minilm(minilm_folder: Path) -> SentenceEncoder:
     return SentenceEncoder(minilm_folder)
 
 
-def write_tiny_bert(folder: Path, pooling: Mapping[str, Any] | None = None) -> Path:
+def write_tiny_bert(
+    folder: Path, pooling: Mapping[str, Any] | None = None, layers: int = 2
+) -> Path:
     """Random in every parameter; rows of word embeddings are exact in int8."""
     import torch
     from transformers import BertConfig, BertModel
@@ -87,7 +89,7 @@ def write_tiny_bert(folder: Path, pooling: Mapping[str, Any] | None = None) -> P
         vocab_size=vocabulary,
         hidden_size=TINY_WIDTH,
         intermediate_size=2 * TINY_WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=TINY_TOKENS,
     )
@@ -125,17 +127,31 @@ def write_tokenizer(folder: Path) -> int:
 
 
 def transformers_vectors(folder: Path, rows: list[list[int]], pooling: str = "mean") -> Floats:
-    """What sentence-transformers computes of a folder: BertModel, pooled, of unit length."""
+    """Both halves by BertModel: the last layer pooled, an inner one averaged, of unit length."""
     import torch
     from transformers import BertModel
 
     bert = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    inner = max(1, 2 * bert.config.num_hidden_layers // 3)
+    pooled = []
     with torch.inference_mode():
-        states = bert(input_ids=ids, attention_mask=mask).last_hidden_state
-    kept = states * mask.unsqueeze(-1)
-    pooled = states[:, 0] if pooling == "cls" else kept.sum(1) / mask.sum(1, keepdim=True)
-    vectors: Floats = (pooled / pooled.norm(dim=-1, keepdim=True)).numpy()
+        for row in rows:
+            output = bert(input_ids=torch.tensor([row]), output_hidden_states=True)
+            last = output.last_hidden_state[0]
+            pooled.append(last[0] if pooling == "cls" else last.mean(0))
+            pooled.append(output.hidden_states[inner][0].mean(0))
+    units = torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
+    vectors: Floats = units.numpy().reshape(len(rows), -1)
     return vectors
+
+
+def lengths(vectors: Floats) -> Floats:
+    """Of both halves, [texts, 2]."""
+    norms: Floats = np.linalg.norm(vectors.reshape(len(vectors), 2, -1), axis=2)
+    return norms
+
+
+def cosines(left: Floats, right: Floats) -> Floats:
+    """Of both halves, [texts, 2]."""
+    products: Floats = (left * right).reshape(len(left), 2, -1).sum(axis=2)
+    return products

@@ -182,7 +182,7 @@ def test_a_card_without_the_optional_fields_has_their_defaults(folder: Path) -> 
 
 def test_the_card_is_readable_text_with_its_format(folder: Path) -> None:
     text = (folder / "router.json").read_text(encoding="utf-8")
-    assert json.loads(text)["format"] == 2
+    assert json.loads(text)["format"] == 3
     assert "naïve" in text
 
 
@@ -314,7 +314,7 @@ def test_a_reference_too_many_does_not_fit(folder: Path) -> None:
         RouterArtifact.load(folder)
 
 
-@pytest.mark.parametrize("number", [0, 1, 3, "new"])
+@pytest.mark.parametrize("number", [0, 1, 2, 4, "new"])
 def test_a_folder_of_another_format_is_refused(folder: Path, number: object) -> None:
     edit_card(folder, format=number)
     with pytest.raises(RouterArtifactError, match="format") as failure:

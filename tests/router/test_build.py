@@ -23,6 +23,7 @@ from polymath.router import (
     RouterSettings,
     SentenceEncoder,
     build_router,
+    halves,
 )
 from tests.router.conftest import TINY_TOKENS, TINY_WIDTH
 
@@ -35,8 +36,8 @@ SHARPNESS = 50.0
 def folder(tiny_folder: Path, tiny: SentenceEncoder, tmp_path: Path) -> Path:
     """A router that tells the two prompts apart by the vectors of a real, if tiny, encoder."""
     target = Path(shutil.copytree(tiny_folder, tmp_path / "router"))
-    vectors = tiny.encode(list(PROMPTS.values()))
-    middle = vectors.mean(axis=0)
+    read, likeness = halves(tiny.encode(list(PROMPTS.values())))
+    middle = read.mean(axis=0)
     RouterArtifact(
         card=RouterCard(
             encoder="tiny",
@@ -47,9 +48,9 @@ def folder(tiny_folder: Path, tiny: SentenceEncoder, tmp_path: Path) -> Path:
             rows={},
             metrics={},
         ),
-        weight=SHARPNESS * vectors,
-        bias=-SHARPNESS * vectors @ middle,
-        vectors=vectors,
+        weight=SHARPNESS * read,
+        bias=-SHARPNESS * read @ middle,
+        vectors=likeness,
         references=tuple(
             Reference(id=domain, text=text, domain=domain) for domain, text in PROMPTS.items()
         ),
@@ -170,13 +171,13 @@ def test_a_head_for_another_encoder_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("kind", "gradient"),
+        ("kind", "oracle"),
         ("fallback", ""),
         ("min_confidence", 1.1),
         ("out_of_scope", 0),
         ("combine", "vote"),
         ("margin", -0.1),
-        ("top_k", 1),
+        ("top_k", 0),
         ("sticky", 1.0),
         ("threads", 0),
         ("rules", [{"expert": "lawyer"}]),

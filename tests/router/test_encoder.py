@@ -1,9 +1,11 @@
-"""Texts to unit vectors: the same alone and in company, for any text whatever."""
+"""Texts to vectors of two halves: the same alone and in company, for any text whatever."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polymath.errors import ModelSourceError
-from polymath.router import MAX_TOKENS, SentenceEncoder, head_and_tail, open_tokenizer
-from tests.router.conftest import TINY_TOKENS, TINY_WIDTH
+from polymath.router import MAX_TOKENS, SentenceEncoder, halves, head_and_tail, open_tokenizer
+from tests.router.conftest import TINY_TOKENS, TINY_WIDTH, Floats, lengths
 
 MINILM_WIDTH = 384
+"""Of a half."""
+
 TOLERANCE = 1e-6
 
 CLS, SEP = 101, 102
@@ -47,6 +51,13 @@ ODD_TEXTS = {
 ALL_TEXTS = [*TEXTS.values(), *ODD_TEXTS.values()]
 
 id_rows = st.lists(st.integers(0, 30_000), max_size=40)
+mixed_rows = st.lists(
+    st.one_of(
+        st.sampled_from([[], [2, 3], [2, 40, 3]]),  # so that lengths repeat
+        st.lists(st.integers(0, 100), max_size=TINY_TOKENS),
+    ),
+    max_size=8,
+)
 any_text = st.text(st.characters(exclude_categories=()))
 
 
@@ -118,7 +129,7 @@ def test_encode_is_encode_ids_of_token_ids(tiny: SentenceEncoder) -> None:
 def test_a_text_has_the_same_vector_alone_and_with_itself(
     minilm: SentenceEncoder, text: str
 ) -> None:
-    """No padding: the rows of a batch do not see each other."""
+    """The rows of a batch do not see each other."""
     alone = minilm.encode([text])
     np.testing.assert_allclose(minilm.encode([text] * 3), alone.repeat(3, axis=0), atol=TOLERANCE)
 
@@ -154,40 +165,87 @@ def test_the_number_of_threads_changes_nothing(tiny: SentenceEncoder, tiny_folde
     np.testing.assert_allclose(threaded.encode(ALL_TEXTS), tiny.encode(ALL_TEXTS), atol=TOLERANCE)
 
 
-def test_vectors_are_float32_rows_of_unit_length(minilm: SentenceEncoder) -> None:
+@given(rows=mixed_rows)
+@settings(max_examples=60)
+def test_rows_of_any_lengths_have_the_vectors_that_they_have_alone(
+    tiny: SentenceEncoder, rows: list[list[int]]
+) -> None:
+    """In their own order; those of no tokens at all are zero, never old memory."""
+    vectors = tiny.encode_ids(rows)
+    assert vectors.shape == (len(rows), tiny.dimensions)
+    for row, vector in zip(rows, vectors, strict=True):
+        np.testing.assert_allclose(vector, tiny.encode_ids([row])[0], atol=TOLERANCE)
+        np.testing.assert_allclose(lengths(vector[None]), float(bool(row)), atol=1e-5)
+
+
+def test_rows_of_one_length_run_together(
+    tiny: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands between them, and nothing is padded."""
+    session, batches = tiny._session, []
+
+    class Watched:
+        get_outputs = session.get_outputs
+
+        def run(self, names: None, inputs: Mapping[str, Any]) -> list[Floats]:
+            batches.append({name: ids.tolist() for name, ids in inputs.items()})
+            vectors: list[Floats] = session.run(names, inputs)
+            return vectors
+
+    monkeypatch.setattr(tiny, "_session", Watched())
+    tiny.encode_ids([[2, 3], [2, 10, 3], [], [2, 4], [2, 11, 3], [5]])
+    batches.sort(key=lambda inputs: len(inputs["input_ids"][0]))
+    assert batches == [
+        {"input_ids": [[5]]},
+        {"input_ids": [[2, 3], [2, 4]]},
+        {"input_ids": [[2, 10, 3], [2, 11, 3]]},
+    ]
+
+
+def test_vectors_are_float32_rows_of_two_halves_of_unit_length(minilm: SentenceEncoder) -> None:
     vectors = minilm.encode(ALL_TEXTS)
-    assert vectors.shape == (len(ALL_TEXTS), MINILM_WIDTH)
+    assert vectors.shape == (len(ALL_TEXTS), 2 * MINILM_WIDTH)
     assert vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(lengths(vectors), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (3, 6), (2, 3, 6)])
+def test_halves_are_those_of_the_last_axis(shape: tuple[int, ...]) -> None:
+    vectors = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    first, second = halves(vectors)
+    assert first.shape == second.shape == (*shape[:-1], 3)
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=-1), vectors)
+
+
+def test_the_halves_of_a_text_differ(minilm: SentenceEncoder) -> None:
+    first, second = halves(minilm.encode(ALL_TEXTS))
+    assert (first * second).sum(axis=1).max() < 0.99
 
 
 def test_dimensions_are_those_of_the_vectors(
     tiny: SentenceEncoder, minilm: SentenceEncoder
 ) -> None:
-    assert (tiny.dimensions, minilm.dimensions) == (TINY_WIDTH, MINILM_WIDTH)
+    assert (tiny.dimensions, minilm.dimensions) == (2 * TINY_WIDTH, 2 * MINILM_WIDTH)
 
 
 def test_texts_of_one_meaning_are_nearer_than_others(minilm: SentenceEncoder) -> None:
-    question, same, other = minilm.encode(
-        ["How do I sort a list in Python?", "sorting Python lists", "My knee hurts when I run."]
-    )
-    assert question @ same > question @ other + 0.3
+    """By either half."""
+    texts = ["How do I sort a list in Python?", "sorting Python lists", "My knee hurts when I run."]
+    for question, same, other in halves(minilm.encode(texts)):
+        assert question @ same > question @ other + 0.3
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS.values(), ids=ODD_TEXTS.keys())
 def test_any_text_has_a_vector(minilm: SentenceEncoder, text: str) -> None:
     vector = minilm.encode([text])
-    assert vector.shape == (1, MINILM_WIDTH)
+    assert vector.shape == (1, 2 * MINILM_WIDTH)
     assert np.isfinite(vector).all()
 
 
 @given(texts=st.lists(any_text, min_size=1, max_size=4))
 @settings(max_examples=60)
-def test_any_characters_have_a_vector_of_unit_length(
-    tiny: SentenceEncoder, texts: list[str]
-) -> None:
-    lengths = np.linalg.norm(tiny.encode(texts), axis=1)
-    np.testing.assert_allclose(lengths, 1.0, atol=1e-5)
+def test_any_characters_have_halves_of_unit_length(tiny: SentenceEncoder, texts: list[str]) -> None:
+    np.testing.assert_allclose(lengths(tiny.encode(texts)), 1.0, atol=1e-5)
 
 
 def test_a_lone_surrogate_is_read_as_a_question_mark(tiny: SentenceEncoder) -> None:
@@ -196,14 +254,14 @@ def test_a_lone_surrogate_is_read_as_a_question_mark(tiny: SentenceEncoder) -> N
 
 def test_no_texts_have_no_vectors(tiny: SentenceEncoder) -> None:
     vectors = tiny.encode([])
-    assert vectors.shape == (0, TINY_WIDTH)
+    assert vectors.shape == (0, 2 * TINY_WIDTH)
     assert vectors.dtype == np.float32
 
 
 def test_texts_of_no_tokens_at_all_are_zero(tiny: SentenceEncoder) -> None:
-    """Of a tokenizer without [CLS] and [SEP]: alone as in company, and never old memory."""
-    np.testing.assert_array_equal(tiny.encode_ids([[], []]), np.zeros((2, TINY_WIDTH)))
-    np.testing.assert_array_equal(tiny.encode_ids([[2, 3], []])[1], np.zeros(TINY_WIDTH))
+    """Of a tokenizer without [CLS] and [SEP]: alone as in company."""
+    np.testing.assert_array_equal(tiny.encode_ids([[], []]), np.zeros((2, 2 * TINY_WIDTH)))
+    np.testing.assert_array_equal(tiny.encode_ids([[2, 3], []])[1], np.zeros(2 * TINY_WIDTH))
 
 
 def test_a_tokenizer_that_truncates_and_pads_does_neither_here(

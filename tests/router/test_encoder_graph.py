@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from polymath.router import head_and_tail, open_tokenizer
+from polymath.router import halves, head_and_tail, open_tokenizer
 from polymath.router.encoder_graph import (
+    OUTPUTS,
     BertConfig,
     Pooling,
     _rounded,
@@ -25,7 +26,10 @@ from tests.router.conftest import (
     TINY_TOKENS,
     TINY_WIDTH,
     Floats,
+    cosines,
+    lengths,
     transformers_vectors,
+    write_tiny_bert,
 )
 
 FLOAT_TOLERANCE = 1e-4
@@ -33,7 +37,7 @@ COMPANY_TOLERANCE = 1e-6
 LEAST_COSINE = 0.999
 LEAST_COSINE_UNSEEN = 0.98
 LINEARS = 8
-"""Of two layers: query-key-value, attention output, intermediate, output."""
+"""Of two layers, by their inputs: query-key-value, attention output, intermediate, output."""
 
 CONFIG = {
     "model_type": "bert",
@@ -50,6 +54,11 @@ Rows = list[list[int]]
 id_rows = st.lists(
     st.lists(st.integers(0, 100), min_size=1, max_size=TINY_TOKENS), min_size=1, max_size=5
 )
+batches = st.integers(1, TINY_TOKENS).flatmap(
+    lambda length: st.lists(
+        st.lists(st.integers(0, 100), min_size=length, max_size=length), min_size=1, max_size=5
+    )
+)
 
 
 class Session:
@@ -61,15 +70,17 @@ class Session:
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )
-        self.outputs = [output.name for output in self._session.get_outputs()]
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = {value.name: value.shape for value in self._session.get_outputs()}
 
-    def __call__(self, rows: Rows, padding: int = 0) -> Floats:
-        longest = max(map(len, rows)) + padding
-        ids = np.array([row + [0] * (longest - len(row)) for row in rows])
-        mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        vectors: Floats = self._session.run(["sentence_embedding"], inputs)[0]
-        return vectors
+    def __call__(self, rows: Rows) -> Floats:
+        """Both vectors of each row, one behind the other; each row runs alone."""
+        return np.concatenate([self.together([row]) for row in rows])
+
+    def together(self, batch: Rows) -> Floats:
+        """The same of rows of one length."""
+        vectors = self._session.run(list(OUTPUTS), {"input_ids": np.array(batch)})
+        return np.concatenate(vectors, axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +114,6 @@ def in_int8(config: BertConfig, weights: dict[str, Floats], ranges: dict[str, Fl
     return Session(encoder_graph(config, weights, TINY_TOKENS, ranges=ranges))
 
 
-def cosines(left: Floats, right: Floats) -> Floats:
-    products: Floats = (left * right).sum(axis=1)
-    return products
-
-
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_the_float32_graph_is_the_bert_of_transformers(
     config: BertConfig,
@@ -116,18 +122,46 @@ def test_the_float32_graph_is_the_bert_of_transformers(
     rows: Rows,
     pooling: Pooling,
 ) -> None:
-    """Alone and padded; the rows of word embeddings of `tiny_bert` are exact in int8."""
+    """By both outputs; the rows of word embeddings of `tiny_bert` are exact in int8."""
     graph = Session(encoder_graph(config, weights, TINY_TOKENS, pooling))
     expected = transformers_vectors(tiny_bert, rows, pooling)
     np.testing.assert_allclose(graph(rows), expected, atol=FLOAT_TOLERANCE)
-    alone = np.concatenate([graph([row]) for row in rows])
-    np.testing.assert_allclose(alone, expected, atol=FLOAT_TOLERANCE)
+
+
+@pytest.mark.parametrize(("layers", "inner"), [(1, 1), (2, 1), (3, 2), (4, 2), (6, 4), (12, 8)])
+def test_the_inner_layer_is_two_thirds_of_the_way_up(
+    tmp_path: Path, rows: Rows, layers: int, inner: int
+) -> None:
+    """No layer above it has a say, and the one itself has."""
+    folder = write_tiny_bert(tmp_path, layers=layers)
+    config = BertConfig.model_validate_json((folder / "config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    vectors = Session(encoder_graph(config, weights, TINY_TOKENS))(rows)
+    np.testing.assert_allclose(vectors, transformers_vectors(folder, rows), atol=FLOAT_TOLERANCE)
+    for layer in range(layers):
+        changed = dict(weights)
+        changed[f"encoder.layer.{layer}.output.dense.bias"] = weights["embeddings.LayerNorm.bias"]
+        after = Session(encoder_graph(config, changed, TINY_TOKENS))(rows)
+        moved = [np.abs(half).max() > FLOAT_TOLERANCE for half in halves(after - vectors)]
+        assert moved == [True, layer < inner]
+
+
+def test_pooling_is_of_the_last_layer_alone(
+    config: BertConfig, weights: dict[str, Floats], rows: Rows
+) -> None:
+    mean, cls = (
+        halves(Session(encoder_graph(config, weights, TINY_TOKENS, pooling))(rows))
+        for pooling in get_args(Pooling)
+    )
+    assert np.abs(mean[0] - cls[0]).max(axis=1).min() > 0.01
+    np.testing.assert_array_equal(mean[1], cls[1])
 
 
 def test_every_parameter_is_used(
     config: BertConfig, weights: dict[str, Floats], in_float32: Session, rows: Rows
 ) -> None:
-    """But for the second segment embedding, which a lone text never has."""
+    """In the halves that it has a say in; but for the second segment embedding, which a lone text
+    never has."""
     random, before = np.random.default_rng(0), in_float32(rows)
     key_bias = "attention.self.key.bias"  # the same for all keys: softmax takes it away
     for name, values in weights.items():
@@ -135,20 +169,21 @@ def test_every_parameter_is_used(
             continue
         changed = dict(weights) | {name: values + random.normal(size=values.shape).astype("f4")}
         after = Session(encoder_graph(config, changed, TINY_TOKENS))(rows)
-        assert np.abs(after - before).max() > FLOAT_TOLERANCE, name
+        moved = [np.abs(half).max() > FLOAT_TOLERANCE for half in halves(after - before)]
+        assert moved == [True, not name.startswith("encoder.layer.1")], name
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_the_int8_graph_points_where_the_float32_graph_points(
+def test_the_int8_graph_points_where_the_bert_of_transformers_points(
     config: BertConfig,
     weights: dict[str, Floats],
     ranges: dict[str, Floats],
+    tiny_bert: Path,
     rows: Rows,
     pooling: Pooling,
 ) -> None:
-    exact = Session(encoder_graph(config, weights, TINY_TOKENS, pooling))
-    rounded = Session(encoder_graph(config, weights, TINY_TOKENS, pooling, ranges))
-    assert cosines(exact(rows), rounded(rows)).min() > LEAST_COSINE
+    graph = Session(encoder_graph(config, weights, TINY_TOKENS, pooling, ranges))
+    assert cosines(graph(rows), transformers_vectors(tiny_bert, rows, pooling)).min() > LEAST_COSINE
 
 
 def test_int8_is_near_on_texts_that_nobody_calibrated(
@@ -162,30 +197,24 @@ def test_int8_is_near_on_texts_that_nobody_calibrated(
     assert cosines(in_float32(unseen), graph(unseen)).min() > LEAST_COSINE_UNSEEN
 
 
-@given(rows=id_rows)
+@given(batch=batches)
 @settings(max_examples=30)
-def test_company_does_not_change_a_vector(in_int8: Session, rows: Rows) -> None:
+def test_company_does_not_change_a_vector(in_int8: Session, batch: Rows) -> None:
     """No scale depends on what else is in the batch."""
-    alone = np.concatenate([in_int8([row]) for row in rows])
-    np.testing.assert_allclose(in_int8(rows), alone, atol=COMPANY_TOLERANCE)
-
-
-@given(row=st.lists(st.integers(0, 100), min_size=1, max_size=32), padding=st.integers(1, 32))
-@settings(max_examples=30)
-def test_padding_does_not_change_a_vector(in_int8: Session, row: list[int], padding: int) -> None:
-    np.testing.assert_allclose(in_int8([row], padding), in_int8([row]), atol=COMPANY_TOLERANCE)
+    alone = in_int8(batch)
+    np.testing.assert_allclose(in_int8.together(batch), alone, atol=COMPANY_TOLERANCE)
 
 
 @given(rows=id_rows)
 @settings(max_examples=30)
 def test_vectors_have_unit_length(in_float32: Session, in_int8: Session, rows: Rows) -> None:
     for graph in (in_float32, in_int8):
-        np.testing.assert_allclose(np.linalg.norm(graph(rows), axis=1), 1.0, atol=1e-5)
+        np.testing.assert_allclose(lengths(graph(rows)), 1.0, atol=1e-5)
 
 
 def test_the_order_of_the_tokens_matters(in_int8: Session) -> None:
-    there, back = in_int8([[2, 10, 20, 30, 3], [2, 30, 20, 10, 3]])
-    assert there @ back < 1 - 1e-3
+    there, back = in_int8([[2, 10, 20, 30, 3]]), in_int8([[2, 30, 20, 10, 3]])
+    assert cosines(there, back).max() < 1 - 1e-3
 
 
 def test_every_linear_layer_is_calibrated(ranges: dict[str, Floats]) -> None:
@@ -206,8 +235,16 @@ def test_ranges_are_the_largest_of_all_texts(
 def test_only_the_float32_graph_shows_the_inputs_of_its_layers(
     in_float32: Session, in_int8: Session, ranges: dict[str, Floats]
 ) -> None:
-    assert in_int8.outputs == ["sentence_embedding"]
-    assert in_float32.outputs == ["sentence_embedding", *ranges]
+    assert list(in_int8.outputs) == list(OUTPUTS)
+    assert list(in_float32.outputs) == [*OUTPUTS, *ranges]
+
+
+def test_token_ids_are_all_that_goes_in_and_two_vectors_a_row_come_out(
+    in_float32: Session, in_int8: Session
+) -> None:
+    for graph in (in_float32, in_int8):
+        assert graph.inputs == ["input_ids"]
+        assert [graph.outputs[name] for name in OUTPUTS] == [["batch", TINY_WIDTH]] * 2
 
 
 def test_a_channel_that_never_fires_is_no_division_by_zero(

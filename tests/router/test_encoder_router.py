@@ -21,9 +21,11 @@ from polymath.router import (
     Policy,
     Reference,
     RouteDecision,
+    Router,
     RouterArtifact,
     RouterCard,
     Rule,
+    RuledRouter,
     RuleSettings,
     calibrated,
 )
@@ -31,7 +33,10 @@ from polymath.router.encoder_router import SHOWN_DOMAINS, TURNS
 
 LABELS = ("coding", "law", "math", "poetry")
 WORDS = (*LABELS, "chat", "chess", "cooking")
-"""The fake encoder's dimensions: the labels, talk of no domain, and two that are not trained."""
+"""Of either half of the fake encoder: the labels, talk of no domain, and two not trained."""
+
+BAR = "|"
+"""Parts what the first half of a vector is of from what the second half is of."""
 
 OWNERS = {"coding": "technician", "law": "lawyer", "math": "technician"}
 FALLBACK = "generalist"
@@ -52,20 +57,23 @@ biases = st.lists(st.floats(-3, 3, width=32), min_size=4, max_size=4)
 
 
 class FakeEncoder:
-    """Stands for the sentence encoder: one dimension a word, counting how often it is named."""
+    """Stands for the sentence encoder: one dimension a word, counting how often it is named.
 
-    def __init__(self, dimensions: int = len(WORDS)) -> None:
-        self.dimensions = dimensions
+    Both halves of a vector are of the whole text, unless there is a `BAR` in it.
+    """
+
+    def __init__(self, width: int = len(WORDS)) -> None:
+        self.width = width
         self.texts: list[str] = []
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         self.texts += texts
-        vectors = np.zeros((len(texts), self.dimensions), dtype=np.float32)
+        vectors = np.zeros((len(texts), 2, self.width), dtype=np.float32)
         for row, text in enumerate(texts):
-            for column, word in enumerate(WORDS[: self.dimensions]):
-                vectors[row, column] = text.count(word)
-            vectors[row] /= np.linalg.norm(vectors[row]) or 1.0
-        return vectors
+            for half, part in enumerate((text.split(BAR) * 2)[:2]):
+                counts = np.array([part.count(word) for word in WORDS[: self.width]], np.float32)
+                vectors[row, half, : len(counts)] = counts / (np.linalg.norm(counts) or 1.0)
+        return vectors.reshape(len(texts), -1)
 
 
 def artifact(
@@ -105,10 +113,12 @@ def router(
     head: RouterArtifact | None = None,
     owners: Mapping[str, str] = OWNERS,
     policy: Mapping[str, Any] | None = None,
+    rules: Sequence[Rule] = (),
     **options: Any,
-) -> EncoderRouter:
+) -> Router:
     policy_ = Policy(owners, FALLBACK, **(policy or {}))
-    return EncoderRouter(head or artifact(), FakeEncoder(), policy_, **options)
+    asked = EncoderRouter(head or artifact(), FakeEncoder(), policy_, **options)
+    return RuledRouter(rules, asked, owners) if rules else asked
 
 
 def said(*turns: str) -> list[Message]:
@@ -473,9 +483,8 @@ def test_a_rule_may_name_an_expert_of_no_domain() -> None:
 
 def test_a_rule_is_asked_before_the_encoder() -> None:
     encoder = FakeEncoder()
-    asked = EncoderRouter(
-        artifact(), encoder, Policy(OWNERS, FALLBACK), rules=[rule(keyword="law")]
-    )
+    behind = EncoderRouter(artifact(), encoder, Policy(OWNERS, FALLBACK))
+    asked = RuledRouter([rule(keyword="law")], behind, OWNERS)
     encoder.texts.clear()
     asked.route(said("law"))
     assert encoder.texts == []
@@ -540,6 +549,45 @@ def test_examples_are_in_scope_where_the_trained_head_knows_nothing() -> None:
     assert ask("chess", head=deaf).source == "fallback"
     decision = ask("chess", head=deaf, owners=EXAMPLE_OWNERS, examples=EXAMPLES)
     assert (decision.source, decision.expert) == ("encoder", "player")
+
+
+@given(read=texts, other=texts, limit=st.sampled_from([None, LIMIT]))
+def test_the_head_reads_the_first_half_alone(read: str, other: str, limit: float | None) -> None:
+    head = artifact(out_of_scope=limit)
+    whole, decision = ask(read, head=head), ask(read + BAR + other, head=head)
+    assert decision.weights == whole.weights
+    assert decision.why.domains == whole.why.domains
+    assert decision.why.out_of_scope == whole.why.out_of_scope
+
+
+@given(read=texts, likeness=texts)
+def test_the_nearest_prompts_are_those_of_the_second_half_alone(read: str, likeness: str) -> None:
+    decision = ask(read + BAR + likeness, examples=EXAMPLES)
+    assert decision.why.nearest == ask(BAR + likeness, examples=EXAMPLES).why.nearest
+
+
+@pytest.mark.parametrize("read", WORDS)
+def test_a_domain_is_known_by_the_second_half_of_a_prompt(read: str) -> None:
+    decision = ask(f"{read}{BAR}chess", owners=EXAMPLE_OWNERS, examples=EXAMPLES)
+    assert (decision.domain, decision.why.nearest[0].domain) == ("chess", "chess")
+    assert decision.confidence > 0.9
+
+
+@pytest.mark.parametrize("likeness", LABELS)
+def test_a_domain_is_not_known_by_the_first_half_of_a_prompt(likeness: str) -> None:
+    domains = ask(f"chess{BAR}{likeness}", examples=EXAMPLES).why.domains
+    assert domains["chess"] < 0.1
+
+
+@given(read=texts, text=texts)
+def test_of_an_example_the_second_half_alone_is_remembered(read: str, text: str) -> None:
+    plain, odd = (
+        ask(text, examples={"chess": [prefix + "chess"], "law": [prefix + "cooking"]})
+        for prefix in ("", read + BAR)
+    )
+    assert odd.why.domains == plain.why.domains
+    similarities = [neighbour.similarity for neighbour in plain.why.nearest]
+    assert [neighbour.similarity for neighbour in odd.why.nearest] == similarities
 
 
 def test_an_example_is_the_nearest_to_itself_and_says_whose_it_is() -> None:
@@ -624,10 +672,19 @@ def test_a_decision_is_strict_json(options: dict[str, Any]) -> None:
     assert values["why"]["domains"] == decision.why.domains
 
 
-@pytest.mark.parametrize("dimensions", [1, 3])
-def test_an_encoder_of_another_length_is_refused(dimensions: int) -> None:
-    with pytest.raises(RouterArtifactError, match=f"7 dimensions.*gives {dimensions}"):
-        EncoderRouter(artifact(), FakeEncoder(dimensions), Policy(OWNERS, FALLBACK))
+@pytest.mark.parametrize("width", [1, 3, 8, 14])
+def test_an_encoder_whose_halves_have_another_length_is_refused(width: int) -> None:
+    with pytest.raises(RouterArtifactError, match=f"7 dimensions.*gives {width};"):
+        EncoderRouter(artifact(), FakeEncoder(width), Policy(OWNERS, FALLBACK))
+
+
+def test_an_encoder_of_one_half_is_refused() -> None:
+    class OldEncoder(FakeEncoder):
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return super().encode(texts)[:, : self.width]
+
+    with pytest.raises(RouterArtifactError, match=r"7 dimensions.*gives 3;"):
+        EncoderRouter(artifact(), OldEncoder(), Policy(OWNERS, FALLBACK))
 
 
 def test_an_error_of_the_encoder_surfaces_and_the_next_prompt_is_routed() -> None:

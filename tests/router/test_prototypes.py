@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymath.router import SentenceEncoder
+from polymath.router import SentenceEncoder, halves
 from polymath.router.prototypes import (
     CONSIDERED,
     KEPT_QUANTILE,
@@ -75,6 +75,16 @@ def prototypes(examples: dict[str, Floats], references: Floats, trained: int = 2
 
 def log_odds(new: Prototypes, vectors: Floats, domain: str = "a") -> Floats:
     return np.array([math.log(new.odds(vector)[domain]) for vector in vectors], dtype=np.float32)
+
+
+def some_domains(count: int, seed: int) -> dict[str, Floats]:
+    return {f"d{index}": cloud(3, seed + index) for index in range(count)}
+
+
+def highest_log_odds(new: Prototypes, vectors: Floats) -> Floats:
+    """Of any of the new domains."""
+    highest = [math.log(max(new.odds(vector).values())) for vector in vectors]
+    return np.array(highest, dtype=np.float32)
 
 
 NOTHING = np.empty((0, WIDTH), dtype=np.float32)
@@ -142,25 +152,45 @@ def test_odds_are_those_of_gaussians_beyond_what_few_references_have(
     np.testing.assert_allclose(found, expected, atol=ROUNDING, rtol=ROUNDING)
 
 
-@given(seed=seeds, count=st.integers(1, 300), trained=st.integers(1, 4))
-@settings(deadline=None)
-def test_of_a_hundred_references_at_most_one_leaves_its_domain(
-    seed: int, count: int, trained: int
+@given(seed=seeds, count=st.integers(1, 300), trained=st.integers(1, 4), domains=st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_of_a_hundred_references_at_most_two_leave_their_domains(
+    seed: int, count: int, trained: int, domains: int
 ) -> None:
+    """However many domains there are to leave for."""
     references = cloud(count * trained, seed)
-    new = prototypes({"a": cloud(5, seed + 1)}, references, trained)
-    left = (log_odds(new, references) > ROUNDING).sum()
+    new = prototypes(some_domains(domains, seed + 1), references, trained)
+    left = (highest_log_odds(new, references) > ROUNDING).sum()
     assert left <= math.ceil((1 - KEPT_QUANTILE) * len(references))
 
 
-@given(seed=seeds)
+@given(seed=seeds, domains=st.integers(1, 40))
 @settings(max_examples=20, deadline=None)
-def test_the_threshold_is_no_higher_than_that_takes(seed: int) -> None:
-    """Of 1,000 references the tenth stands just above it, and the eleventh below."""
+def test_the_threshold_is_no_higher_than_that_takes(seed: int, domains: int) -> None:
+    """Of 1,000 references the twentieth stands just above it, and the 21st below."""
     references = cloud(1000, seed)
-    found = np.sort(log_odds(prototypes({"a": cloud(5, seed + 1)}, references), references))
-    assert found[-11] <= ROUNDING
-    assert found[-10] >= -ROUNDING
+    new = prototypes(some_domains(domains, seed + 1), references)
+    found = np.sort(highest_log_odds(new, references))
+    assert found[-21] <= ROUNDING
+    assert found[-20] >= -ROUNDING
+
+
+@given(seed=seeds)
+@settings(max_examples=30, deadline=None)
+def test_domains_that_would_take_too_many_references_together_are_all_held_back(seed: int) -> None:
+    """By the same: so much that the references which then leave are no more than of one domain."""
+    examples, references, prompts = some_domains(5, seed), cloud(60, seed + 1), cloud(4, seed + 2)
+    alone = {name: prototypes({name: some}, references) for name, some in examples.items()}
+    taken = np.max([log_odds(new, references, name) for name, new in alone.items()], axis=0)
+    less = max(0.0, float(np.quantile(taken, KEPT_QUANTILE)))
+    together = prototypes(examples, references)
+    for name, new in alone.items():
+        np.testing.assert_allclose(
+            log_odds(together, prompts, name),
+            log_odds(new, prompts, name) - less,
+            atol=ROUNDING,
+            rtol=ROUNDING,
+        )
 
 
 # --- what follows from it ------------------------------------------------------------------------
@@ -201,7 +231,7 @@ def test_the_order_of_examples_and_of_references_does_not_matter(seed: int, coun
 @given(seed=seeds, times=st.integers(2, 5))
 @settings(max_examples=30, deadline=None)
 def test_references_that_are_all_repeated_say_no_more(seed: int, times: int) -> None:
-    """Of 101 references the quantile is the 100th itself; else it lies between two of them, and
+    """Of 101 references the quantile is the 99th itself; else it lies between two of them, and
     where between depends a little on how many there are."""
     examples, references, prompts = cloud(3, seed), cloud(101, seed + 1), cloud(3, seed + 2)
     domains = [f"t{index % 2}" for index in range(101)]
@@ -233,10 +263,12 @@ def test_the_names_of_the_trained_domains_do_not_matter() -> None:
 
 @given(seed=seeds)
 @settings(deadline=None)
-def test_other_new_domains_do_not_change_the_odds_of_a_domain(seed: int) -> None:
-    first, second, references, prompts = (cloud(number, seed + number) for number in (3, 4, 20, 5))
-    alone = log_odds(prototypes({"a": first}, references), prompts)
-    beside = log_odds(prototypes({"b": second, "a": first}, references), prompts)
+def test_without_references_other_new_domains_do_not_change_the_odds_of_a_domain(
+    seed: int,
+) -> None:
+    first, second, prompts = (cloud(number, seed + number) for number in (3, 4, 5))
+    alone = log_odds(prototypes({"a": first}, NOTHING), prompts)
+    beside = log_odds(prototypes({"b": second, "a": first}, NOTHING), prompts)
     np.testing.assert_allclose(beside, alone, atol=ROUNDING, rtol=ROUNDING)
 
 
@@ -282,37 +314,38 @@ def test_only_the_likeliest_domains_are_shown(domains: int) -> None:
     examples = {str(index): cloud(1, index) for index in range(domains)}
     references, prompt = cloud(50, 1_000), cloud(1, 2_000)[0]
     shown = prototypes(examples, references).odds(prompt)
-    each = {
-        name: prototypes({name: vectors}, references).odds(prompt)[name]
-        for name, vectors in examples.items()
-    }
+    alone = {name: prototypes({name: some}, references) for name, some in examples.items()}
+    each = {name: new.odds(prompt)[name] for name, new in alone.items()}
     best = sorted(each, key=lambda name: each[name], reverse=True)[:CONSIDERED]
-    assert shown == pytest.approx({name: each[name] for name in best}, rel=ROUNDING)
+    taken = np.max([log_odds(new, references, name) for name, new in alone.items()], axis=0)
+    less = max(1.0, math.exp(np.quantile(taken, KEPT_QUANTILE)))
+    assert shown == pytest.approx({name: each[name] / less for name in best}, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("block", [1, 7, 49, 50])
+def test_how_many_domains_are_compared_at_a_time_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    examples, references, prompt = some_domains(50, 0), cloud(50, 1_000), cloud(1, 2_000)[0]
+    at_once = prototypes(examples, references).odds(prompt)
+    monkeypatch.setattr("polymath.router.prototypes.BLOCK", block)
+    assert prototypes(examples, references).odds(prompt) == pytest.approx(at_once, rel=ROUNDING)
 
 
 def test_a_shortlist_in_few_dimensions_misses_nothing_that_lies_in_them() -> None:
     """In fewer dimensions than the shortlist keeps, all domains are compared exactly."""
     examples = {str(index): row[None] for index, row in enumerate(cloud(MANY, 0))}
     references = cloud(50, 1)
-    many, halves = prototypes(examples, references), in_parts(examples, references, 2)
+    many, full = prototypes(examples, references), in_full(examples, references)
     for prompt in cloud(20, 2):
-        assert many.odds(prompt) == pytest.approx(exact(halves, prompt), rel=ROUNDING)
+        assert many.odds(prompt) == pytest.approx(full.odds(prompt), rel=ROUNDING)
 
 
-def in_parts(examples: dict[str, Floats], references: Floats, parts: int) -> list[Prototypes]:
-    """The same domains, few enough at a time that all are compared in full."""
-    names = list(examples)
-    assert len(names) / parts < MANY
-    return [
-        prototypes({name: examples[name] for name in names[part::parts]}, references)
-        for part in range(parts)
-    ]
-
-
-def exact(parts: list[Prototypes], prompt: Floats) -> dict[str, float]:
-    together = {name: odds for part in parts for name, odds in part.odds(prompt).items()}
-    best = sorted(together, key=lambda name: together[name], reverse=True)[:CONSIDERED]
-    return {name: together[name] for name in best}
+def in_full(examples: dict[str, Floats], references: Floats) -> Prototypes:
+    """The same without a shortlist."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("polymath.router.prototypes.MANY", len(examples) + 1)
+        return prototypes(examples, references)
 
 
 @pytest.fixture(scope="module")
@@ -350,12 +383,12 @@ def test_the_shortlist_of_ten_thousand_has_the_best(
     ten_thousand: Prototypes, clustered: dict[str, Floats], spread_references: Floats
 ) -> None:
     """Also of prompts half way between two domains, where the next best are as near."""
-    parts, names = in_parts(clustered, spread_references, 5), list(clustered)
+    full, names = in_full(clustered, spread_references), list(clustered)
     first, second = np.random.default_rng(0).integers(0, MANY_DOMAINS, (2, 30))
     for one, other in zip(first, second, strict=True):
         middle = unit(clustered[names[one]][0] + clustered[names[other]][0])
-        found, expected = ten_thousand.odds(middle), exact(parts, middle)
-        best = next(iter(expected))
+        found, expected = ten_thousand.odds(middle), full.odds(middle)
+        best = max(expected, key=lambda name: expected[name])
         assert max(found, key=lambda name: found[name]) == best
         assert found[best] == pytest.approx(expected[best], rel=0.01)
 
@@ -371,10 +404,12 @@ def test_ten_thousand_domains_are_compared_in_a_moment(ten_thousand: Prototypes)
 def test_a_prompt_like_the_examples_is_of_their_domain(
     minilm: SentenceEncoder, domain: str
 ) -> None:
+    """By the inner halves."""
     asked = {"cooking": "How do I fry an egg?", "chess": "Which opening should white play?"}
-    examples = {name: minilm.encode(texts) for name, texts in SPOKEN.items()}
-    new = Prototypes(examples, minilm.encode(list(FOREIGN)), list(FOREIGN.values()))
-    odds = new.odds(minilm.encode([asked[domain]])[0])
+    examples = {name: halves(minilm.encode(texts))[1] for name, texts in SPOKEN.items()}
+    _, references = halves(minilm.encode(list(FOREIGN)))
+    new = Prototypes(examples, references, list(FOREIGN.values()))
+    odds = new.odds(halves(minilm.encode([asked[domain]]))[1][0])
     assert max(odds, key=lambda name: odds[name]) == domain
 
 

@@ -395,3 +395,142 @@ def test_held_out_data_without_answers_is_refused_before_anything_is_saved(
     with pytest.raises(DataError, match="no held-out row has an answer"):
         trainer.finish("tiny", [TOO_LONG], 1.0)
     assert {file.name for file in tmp_path.iterdir()} == {".checkpoint"}
+
+
+def factors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The factors of a saved adapter by the names that gradient features give them."""
+    return {
+        name[name.index("layers.") :].removesuffix(".weight"): weight
+        for name, weight in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+def test_before_its_first_step_it_is_the_adapter_that_it_starts_from(
+    tiny_model: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path, start=unbroken).save()
+    expected = load_file(unbroken / "adapter_model.safetensors")
+    torch.testing.assert_close(
+        load_file(tmp_path / "adapter_model.safetensors"), expected, atol=0, rtol=0
+    )
+
+
+def test_small_steps_stay_near_the_start(tiny_model: Path, unbroken: Path, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"learning_rate": 1e-6})
+    trainer = LoraTrainer(tiny_model, ROWS, recipe, tmp_path, start=unbroken)
+    trainer.train()
+    expected = load_file(unbroken / "adapter_model.safetensors")
+    new = train(tiny_model, tmp_path / "new", recipe)
+    trainer.save()
+    near = load_file(tmp_path / "adapter_model.safetensors")
+    torch.testing.assert_close(near, expected, atol=1e-3, rtol=0)
+    assert all((new[name] - weight).abs().max() > 5e-3 for name, weight in near.items())
+
+
+def test_training_goes_on_from_the_start(tiny_model: Path, unbroken: Path, tmp_path: Path) -> None:
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path, start=unbroken)
+    _, before = trainer.evaluate(ROWS)
+    trainer.train()
+    base, after = trainer.evaluate(ROWS)
+    assert after.loss < before.loss < base.loss
+
+
+def test_another_start_gives_another_adapter(
+    tiny_model: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path, start=unbroken)
+    trainer.train()
+    trainer.save()
+    first = load_file(unbroken / "adapter_model.safetensors")
+    other = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(not torch.equal(first[name], tensor) for name, tensor in other.items())
+
+
+@pytest.fixture
+def killed_start(
+    tiny_model: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The folder of a training from `unbroken` that was killed after a checkpoint."""
+    monkeypatch.setattr(lora, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(Killed):
+        trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path, start=unbroken)
+        trainer.train(KillAfter(STOP_AFTER))
+    return tmp_path
+
+
+def test_a_killed_run_with_a_start_goes_on_where_it_was(
+    tiny_model: Path, unbroken: Path, killed_start: Path
+) -> None:
+    rest = KillAfter(steps=float("inf"))
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, killed_start, start=unbroken)
+    trainer.train(rest)
+    assert rest.seen == len(trainer.schedule) - STOP_AFTER
+
+
+@pytest.mark.parametrize("other", ["none", "another"])
+def test_a_checkpoint_of_another_start_is_refused(
+    tiny_model: Path, killed_start: Path, tmp_path_factory: pytest.TempPathFactory, other: str
+) -> None:
+    start = None
+    if other == "another":
+        start = tmp_path_factory.mktemp("another")
+        LoraTrainer(tiny_model, ROWS, RECIPE, start).save()
+    with pytest.raises(DataError, match="another recipe or other data"):
+        LoraTrainer(tiny_model, ROWS, RECIPE, killed_start, start=start).train()
+
+
+def test_a_checkpoint_without_a_start_is_refused_by_a_run_with_one(
+    tiny_model: Path, unbroken: Path, killed: Path
+) -> None:
+    with pytest.raises(DataError, match="another recipe or other data"):
+        LoraTrainer(tiny_model, ROWS, RECIPE, killed, start=unbroken).train()
+
+
+def test_moments_are_those_of_every_factor(tiny_model: Path, tmp_path: Path) -> None:
+    """Gradient features look them up by name and want them in the factors' shapes."""
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path)
+    assert trainer.moments == {}
+    trainer.train()
+    trainer.save()
+    shapes = {factor: weight.shape for factor, weight in factors_of(tmp_path).items()}
+    assert {factor: mean.shape for factor, (mean, _) in trainer.moments.items()} == shapes
+    assert {factor: square.shape for factor, (_, square) in trainer.moments.items()} == shapes
+    assert all((square >= 0).all() for _, square in trainer.moments.values())
+    assert all(mean.any() and square.any() for mean, square in trainer.moments.values())
+
+
+def test_gradient_features_take_the_moments(tiny_model: Path, tmp_path: Path) -> None:
+    from polymath.experts import encode_prompt, open_features
+
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path)
+    trainer.train()
+    trainer.save()
+    features, tokenizer = open_features(tiny_model, tmp_path, 64, seed=0)
+    prompts = [encode_prompt(tokenizer, row.conversation()[:-1], 99) for row in ROWS]
+    taken = torch.from_numpy(features.of(prompts, trainer.moments))
+    torch.testing.assert_close(taken.norm(dim=1), torch.ones(len(prompts)))
+    assert not torch.allclose(taken, torch.from_numpy(features.of(prompts)), atol=0.1)
+
+
+def test_moments_survive_the_end_of_the_process(tiny_model: Path, tmp_path: Path) -> None:
+    """Killed between the last step and what is done with it."""
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path)
+    trainer.train()
+    again = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path)
+    again.train(KillAfter(steps=0))
+    torch.testing.assert_close(again.moments, trainer.moments, atol=0, rtol=0)
+
+
+def test_an_adapter_is_whole_as_soon_as_its_weights_are_there(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it is saved: who finds the weights takes the adapter for finished."""
+    from peft import LoraConfig
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(LoraConfig, "save_pretrained", killed)
+    with pytest.raises(Killed):
+        LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path).save()
+    assert not (tmp_path / "adapter_model.safetensors").exists()

@@ -19,6 +19,7 @@ from polymath.router import (
     RouterSettings,
     SentenceEncoder,
     build_router,
+    halves,
 )
 from polymath.training import (
     FinetuneRecipe,
@@ -31,6 +32,9 @@ from polymath.training import (
 )
 from polymath.training.encoder_finetuning import EncoderFinetuner
 from polymath.training.labelled import LabelledPrompts
+from polymath.training.linear_head import fit_head
+from polymath.training.prompt_vectors import encode_prompts
+from polymath.training.reference_prompts import choose_references
 from tests.training.conftest import DOMAINS, WORDS, Killed, prompt_text, prompts, write_tiny_bert
 
 FROZEN = RouterRecipe(threads=1)
@@ -360,8 +364,61 @@ def test_prompts_of_different_lengths_keep_their_own_vectors(run: Run, tmp_path:
     artifact = run(rows)
     texts = [reference.text for reference in artifact.references]
     assert len(texts) == len(rows)
-    vectors = SentenceEncoder(tmp_path / "router").encode(texts)
+    _, vectors = halves(SentenceEncoder(tmp_path / "router").encode(texts))
     np.testing.assert_allclose(artifact.vectors, vectors, atol=1e-6)
+
+
+def test_the_head_is_fitted_to_the_first_halves(run: Run, tmp_path: Path) -> None:
+    artifact = run(recipe=FROZEN.model_copy(update={"inverse_regularisation": (3.0,)}))
+    data = LabelledPrompts.of(ROWS)
+    texts = [row.text for row in data.rows]
+    read, _ = halves(SentenceEncoder(tmp_path / "router").encode(texts))
+    head = fit_head(read, data.targets, data.weights, 3.0)
+    np.testing.assert_allclose(artifact.weight, head.weight, atol=1e-3)
+    np.testing.assert_allclose(artifact.bias, head.bias, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("frozen", FROZEN), ("tuned", TUNED)])
+def test_no_head_ever_reads_a_second_half(
+    run: Run,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    recipe: RouterRecipe,
+) -> None:
+    """Neither where it is fitted nor where it is measured."""
+
+    def spoilt(*how: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+        vectors = encode_prompts(*how)
+        halves(vectors)[1][:] = np.nan
+        return vectors
+
+    monkeypatch.setattr(router_training, "encode_prompts", spoilt)
+    run([*ROWS, *OUTSIDE], recipe, licence="CC0")
+    assert contents(tmp_path / "router") == contents(request.getfixturevalue(name))
+
+
+def test_references_are_a_wide_sample_of_the_second_halves() -> None:
+    """The first halves are all different, the second halves of three kinds."""
+
+    class FakeEncoder:
+        def encode(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+            kinds = [int(text.split("-")[1]) for text in texts]
+            first = np.random.default_rng(0).normal(size=(len(texts), 4))
+            return np.concatenate([first, np.eye(4)[kinds]], axis=1).astype(np.float32)
+
+    rows = [
+        PromptRow(text=f"{number}-{number % 3}", domain=domain)
+        for domain in DOMAINS
+        for number in range(30)
+    ]
+    references, vectors = choose_references(LabelledPrompts.of(rows), FakeEncoder(), seed=0)
+    for domain in DOMAINS:
+        kinds = [r.text.split("-")[1] for r in references if r.domain == domain]
+        assert sorted(kinds) == ["0", "1", "2"]
+    expected = [np.eye(4)[int(reference.text.split("-")[1])] for reference in references]
+    np.testing.assert_array_equal(vectors, expected)
 
 
 def test_references_are_training_prompts_of_their_domain(either: Path) -> None:
@@ -385,11 +442,12 @@ def test_a_prompt_without_a_source_has_an_id(run: Run) -> None:
     assert all(reference.id.startswith("prompt#") for reference in references)
 
 
-def test_the_vector_of_a_reference_is_the_one_of_its_prompt(either: Path) -> None:
+def test_the_vector_of_a_reference_is_the_second_half_of_its_prompts(either: Path) -> None:
     artifact = RouterArtifact.load(either)
     texts = [reference.text for reference in artifact.references]
-    vectors = SentenceEncoder(either).encode(texts)
-    np.testing.assert_allclose(artifact.vectors, vectors, atol=1e-3)
+    read, likeness = halves(SentenceEncoder(either).encode(texts))
+    np.testing.assert_allclose(artifact.vectors, likeness, atol=1e-3)
+    assert np.abs(artifact.vectors - read).max(axis=1).min() > 2e-3
 
 
 @pytest.mark.parametrize("count", [10, LIMIT, LIMIT + 30])

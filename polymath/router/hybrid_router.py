@@ -1,0 +1,41 @@
+"""What the encoder says of a prompt's words and what the gradient says of its pull, mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from polymath.router.decision import Message, RouteDecision, Router
+
+__all__ = ["HybridRouter"]
+
+
+class HybridRouter:
+    """Mixes the weights of two routers; their experts answer together.
+
+    Args:
+        share: of the gradient's weights.
+    """
+
+    def __init__(self, encoder: Router, gradient: Router, share: float) -> None:
+        self._encoder = encoder
+        self._gradient = gradient
+        self._share = share
+
+    def route(
+        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+    ) -> RouteDecision:
+        """The encoder's decision, with the weights of both."""
+        words = self._encoder.route(messages, headers)
+        pull = self._gradient.route(messages, headers)
+        weights: dict[str, float] = {}
+        for decision, share in ((words, 1 - self._share), (pull, self._share)):
+            for expert, weight in decision.weights.items():
+                weights[expert] = weights.get(expert, 0.0) + share * weight
+        ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)
+        return replace(
+            words,
+            weights={expert: weight for expert, weight in ordered if weight > 0},
+            combine="logits",
+            latency_ms=words.latency_ms + pull.latency_ms,
+        )
