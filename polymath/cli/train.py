@@ -152,7 +152,7 @@ def train_clusters(
     base: Annotated[
         str, typer.Option(help="A base model of the config, or where one is.")
     ] = "smollm2",
-    clusters: Annotated[int, typer.Option(min=1, help="Experts to find.")] = 6,
+    clusters: Annotated[int, typer.Option(min=2, help="Experts to find.")] = 6,
     algorithm: Annotated[str, typer.Option(help="birch, kmeans or spherical.")] = "birch",
     eval_data: Annotated[
         list[Path] | None, typer.Option(help="Held-out conversations, for the report.")

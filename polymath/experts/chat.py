@@ -8,6 +8,7 @@ every conversation. Text that a user writes never becomes a control token: where
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ Message = Mapping[str, str]
 
 # Private-use characters mark where a text stands in the rendered template.
 _MARK = "\ue0f0{}\ue0f1"
+_ENCODING = threading.Lock()
 _MARKED = re.compile("\ue0f0([0-9]+)\ue0f1")
 
 
@@ -55,8 +57,7 @@ def render_chat(
     """
     if _spells_control_token(tokenizer, messages):
         return _render_with_plain_texts(tokenizer, messages, add_generation_prompt)
-    text = _apply_template(tokenizer, messages, add_generation_prompt)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return _encode(tokenizer, _apply_template(tokenizer, messages, add_generation_prompt))
 
 
 def _apply_template(
@@ -91,5 +92,15 @@ def _render_with_plain_texts(
     # re.split gives frames at even places and, between them, the index of the text that goes there
     for place, part in enumerate(_MARKED.split(rendered)):
         text = messages[int(part)]["content"] if place % 2 else part
-        ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=place % 2 == 1)
+        ids += _encode(tokenizer, text, plain=place % 2 == 1)
     return ids
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, plain: bool = False) -> list[int]:
+    """Token ids; of a plain text none is a control token.
+
+    transformers keeps `split_special_tokens` in the tokenizer itself, so that threads must not mix.
+    """
+    with _ENCODING:
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+    return list(ids)

@@ -56,6 +56,8 @@ def encode_prompt(
     Raises:
         InvalidRequest: the template refuses the conversation.
     """
+    if not messages:
+        return Prompt((), range(0))
     ids = render_chat(tokenizer, messages, add_generation_prompt=False)
     last = max((i for i, turn in enumerate(messages) if turn["role"] == "user"), default=None)
     start, end = 0, len(ids)
@@ -122,7 +124,7 @@ class GradientFeatures:
         """Sum over the prompts of the mean loss of their spoken tokens."""
         import torch
 
-        longest = max(len(prompt.ids) for prompt in prompts)
+        longest = max(1, *(len(prompt.ids) for prompt in prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
         shares = torch.zeros(len(prompts), longest)

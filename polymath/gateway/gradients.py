@@ -4,8 +4,14 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from polymath.errors import RouterArtifactError
-from polymath.experts import encode_prompt, open_features, prepare_base_model
+from polymath.errors import AdapterError, ModelSourceError, RouterArtifactError
+from polymath.experts import (
+    encode_prompt,
+    open_features,
+    prepare_base_model,
+    read_adapter,
+    weight_shapes,
+)
 from polymath.gateway.settings import Settings
 from polymath.router import ClusterCard, Message, PromptFeatures
 
@@ -24,20 +30,36 @@ def prompt_features(settings: Settings, card: ClusterCard) -> PromptFeatures:
     if expert is None or expert.adapter is None or expert.base_model is None:
         raise RouterArtifactError(
             f"the fallback {name!r} of a gradient router must be an expert with the clusters' base "
-            f"adapter: `adapter: {settings.router.cluster_folder}/base`"
+            f"adapter: `adapter: {settings.router.cluster_folder}/base`",
+            param="fallback",
         )
+    folder = prepare_base_model(settings.base_models[expert.base_model].model)
+    try:
+        read_adapter(expert.adapter, weight_shapes(folder))
+    except AdapterError as error:
+        raise RouterArtifactError(error.message, param="fallback") from error
     weights = (expert.adapter / "adapter_model.safetensors").read_bytes()
     if hashlib.sha256(weights).hexdigest() != card.base_sha256:
         raise RouterArtifactError(
             f"{expert.adapter}, the adapter of the fallback {name!r}, is not the base adapter that "
-            f"the clusters were found with: {settings.router.cluster_folder}/base"
+            f"the clusters were found with: {settings.router.cluster_folder}/base",
+            param="fallback",
         )
-    folder = prepare_base_model(settings.base_models[expert.base_model].model)
-    features, tokenizer = open_features(
-        folder, expert.adapter, card.dimensions, card.projection_seed, card.layers
-    )
+    try:
+        features, tokenizer = open_features(
+            folder, expert.adapter, card.dimensions, card.projection_seed, card.layers
+        )
+    except Exception as error:  # transformers and peft raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelSourceError(f"{folder}: cannot be loaded ({reason})") from error
 
     def read(messages: Sequence[Message]) -> Any:
-        return features.of([encode_prompt(tokenizer, messages, card.max_length)])[0]
+        readable = [{**turn, "content": _readable(turn["content"])} for turn in messages]
+        return features.of([encode_prompt(tokenizer, readable, card.max_length)])[0]
 
     return read
+
+
+def _readable(text: str) -> str:
+    """The text without lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -95,7 +95,8 @@ def open_router(config: ConfigFile) -> Router:
             partial(prompt_features, settings),
         )
     except (RouterArtifactError, ModelSourceError) as error:
-        raise ConfigError([config.problem(("router", "path"), error.message)]) from error
+        key = ("router", error.param or "path")
+        raise ConfigError([config.problem(key, error.message)]) from error
 
 
 def _unfit_adapters(settings: Settings, shapes: dict[str, Shapes]) -> Iterator[tuple[KeyPath, str]]:
@@ -131,6 +132,9 @@ def _uncombinable(
     for first, other in unlike_vocabularies(bases, vocabulary_of):
         message = (
             f"the base models {first} and {other} have different vocabularies, so that their "
-            "experts cannot answer together; use `select`"
+            "experts cannot answer together"
         )
-        yield ("router", "combine"), message
+        if settings.router.kind == "encoder":
+            yield ("router", "combine"), f"{message}; use `select`"
+        else:
+            yield ("router", "kind"), f"{message}; leave those of one base model, or use `encoder`"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["CARD_FILE", "Reference", "RouterArtifact", "RouterCard"]
+__all__ = ["CARD_FILE", "Reference", "RouterArtifact", "RouterCard", "floats"]
 
 FORMAT = 3
 CARD_FILE = "router.json"
@@ -117,9 +117,9 @@ class RouterArtifact:
             tensors: dict[str, Any] = load_file(folder / HEAD_FILE)
             artifact = cls(
                 card,
-                _floats(tensors, "weight"),
-                _floats(tensors, "bias"),
-                _floats(tensors, "vectors"),
+                floats(tensors, "weight"),
+                floats(tensors, "bias"),
+                floats(tensors, "vectors"),
                 references,
             )
         except ValidationError as error:
@@ -184,7 +184,13 @@ class RouterArtifact:
                 )
 
 
-def _floats(tensors: dict[str, Any], name: str) -> NDArray[np.float32]:
+def floats(tensors: Mapping[str, Any], name: str) -> NDArray[np.float32]:
+    """A tensor of a file, in float32.
+
+    Raises:
+        KeyError: there is none of that name.
+        TypeError: it does not hold numbers that numpy knows.
+    """
     import numpy as np
 
     values = tensors[name]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from polymath.errors import RouterArtifactError
 from polymath.router.artifact import RouterArtifact
 from polymath.router.cluster_artifact import DISTILLED_FOLDER, ClusterArtifact, ClusterCard
 from polymath.router.cluster_readers import PromptFeatures, distilled_reader, gradient_reader
@@ -42,10 +43,14 @@ def build_router(
     if clusters is None:
         router: Router = _encoder_router(settings, owners, examples)
     else:
-        router = _gradient_router(settings, clusters, owners, open_features)
+        try:
+            router = _gradient_router(settings, clusters, owners, open_features)
+        except RouterArtifactError as error:
+            key = "clusters" if settings.kind == "hybrid" else "path"
+            raise RouterArtifactError(error.message, param=error.param or key) from error
         if settings.kind == "hybrid":
             encoder = _encoder_router(settings, owners, examples)
-            router = HybridRouter(encoder, router, settings.share)
+            router = HybridRouter(encoder, router, settings.share, settings.top_k + 1)
     rules = [Rule(rule) for rule in settings.rules]
     return RuledRouter(rules, router, owners) if rules else router
 
@@ -78,7 +83,7 @@ def _gradient_router(
 ) -> GradientRouter:
     artifact = ClusterArtifact.load(folder)
     if settings.distil:
-        read = distilled_reader(folder / DISTILLED_FOLDER, settings.threads)
+        read = distilled_reader(folder / DISTILLED_FOLDER, settings.threads, artifact.card.labels)
     else:
         if open_features is None:
             raise ValueError("gradients need a model")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polymath.errors import RouterArtifactError
+from polymath.router.artifact import floats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,12 +89,12 @@ class ClusterArtifact:
                 )
         try:
             card = ClusterCard.model_validate_json((folder / CLUSTERS_FILE).read_bytes())
-            centroids = load_file(folder / CENTROIDS_FILE)["centroids"].astype(np.float32)
+            centroids = floats(load_file(folder / CENTROIDS_FILE), "centroids")
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
+            place = "".join(f"{part}: " for part in first["loc"])
             raise RouterArtifactError(
-                f"{folder / CLUSTERS_FILE}: corrupt ({place}: {first['msg']})"
+                f"{folder / CLUSTERS_FILE}: corrupt ({place}{first['msg']})"
             ) from error
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise RouterArtifactError(f"{folder / CENTROIDS_FILE}: corrupt ({error})") from error

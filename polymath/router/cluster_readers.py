@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymath.errors import RouterArtifactError
 from polymath.router.artifact import RouterArtifact
 from polymath.router.calibration import calibrated
 from polymath.router.cluster_artifact import ClusterArtifact
@@ -41,14 +42,20 @@ def gradient_reader(
     return read
 
 
-def distilled_reader(folder: Path, threads: int) -> ClusterReader:
+def distilled_reader(folder: Path, threads: int, labels: Sequence[str]) -> ClusterReader:
     """Guesses them from the words of the last user turn: a router folder that learned to.
 
     Raises:
         RouterArtifactError, ModelSourceError: the folder cannot be used.
     """
     artifact = RouterArtifact.load(folder)
-    encoder = MicroBatcher(SentenceEncoder(folder, threads, artifact.card.max_tokens))
+    sentence_encoder = SentenceEncoder(folder, threads, artifact.card.max_tokens)
+    width = sentence_encoder.dimensions // 2
+    if artifact.card.labels != tuple(labels) or artifact.card.out_of_scope is not None:
+        raise RouterArtifactError(f"{folder}: was not distilled from these clusters")
+    if width != artifact.dimensions:
+        raise RouterArtifactError(f"{folder}: head of {artifact.dimensions}, encoder of {width}")
+    encoder = MicroBatcher(sentence_encoder)
 
     def read(messages: Sequence[Message]) -> Floats:
         (vector,) = encoder.vectors(user_turns(messages, 1))

@@ -15,12 +15,14 @@ class HybridRouter:
 
     Args:
         share: of the gradient's weights.
+        most: so many experts answer at most, those of the largest weights.
     """
 
-    def __init__(self, encoder: Router, gradient: Router, share: float) -> None:
+    def __init__(self, encoder: Router, gradient: Router, share: float, most: int) -> None:
         self._encoder = encoder
         self._gradient = gradient
         self._share = share
+        self._most = most
 
     def route(
         self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
@@ -32,10 +34,11 @@ class HybridRouter:
         for decision, share in ((words, 1 - self._share), (pull, self._share)):
             for expert, weight in decision.weights.items():
                 weights[expert] = weights.get(expert, 0.0) + share * weight
-        ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)
+        ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)[: self._most]
+        total = sum(weight for _, weight in ordered)
         return replace(
             words,
-            weights={expert: weight for expert, weight in ordered if weight > 0},
+            weights={expert: weight / total for expert, weight in ordered if weight > 0},
             combine="logits",
             latency_ms=words.latency_ms + pull.latency_ms,
         )

@@ -10,6 +10,15 @@ from polymath.router.rules import RuleSettings
 
 __all__ = ["RouterSettings"]
 
+UNUSED = {
+    "encoder": frozenset({"clusters", "base_weight", "temperature", "share", "distil"}),
+    "gradient": frozenset(
+        {"clusters", "share", "min_confidence", "out_of_scope", "combine", "margin", "sticky"}
+    ),
+    "hybrid": frozenset({"combine", "margin"}),
+}
+"""Keys that a kind of router does not read."""
+
 
 class RouterSettings(BaseModel):
     """Which router reads the conversations and what happens when it is unsure."""
@@ -100,7 +109,9 @@ class RouterSettings(BaseModel):
         return {"encoder": None, "gradient": self.path, "hybrid": self.clusters}[self.kind]
 
     @model_validator(mode="after")
-    def _names_what_its_kind_needs(self) -> "RouterSettings":
+    def _fits_its_kind(self) -> "RouterSettings":
+        if unused := sorted(self.model_fields_set & UNUSED[self.kind]):
+            raise ValueError(f"{unused[0]!r} means nothing to a router of kind {self.kind!r}")
         if self.kind == "hybrid" and self.clusters is None:
-            raise ValueError("a router of kind hybrid needs `clusters`")
+            raise ValueError("'clusters' is missing; a router of kind 'hybrid' needs it")
         return self

@@ -69,7 +69,7 @@ class ClusterRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    clusters: int = Field(default=6, ge=1)
+    clusters: int = Field(default=6, ge=2)
     algorithm: Algorithm = "birch"
     lora: LoraRecipe = LoraRecipe()
     """Of the base adapter and of every expert; its `train_tokens` are for all of them together."""
@@ -148,6 +148,8 @@ class ClusterTraining:
         recipe = self._recipe
         vectors = self.gradients(self.train_base())
         members = cluster(vectors, recipe.clusters, recipe.algorithm, recipe.seed)
+        if members.max() == 0:
+            raise DataError("all conversations pull alike: there is nothing to tell apart")
         self.train_experts(members, self._out)
         artifact = self._artifact(vectors, members)
         features, tokenizer = self._features()

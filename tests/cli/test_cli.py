@@ -13,6 +13,7 @@ import pytest
 
 from polymath import __version__
 from tests.conftest import DEMO_CONFIG, ROOT, write_jsonl
+from tests.training.conftest import write_tiny_bert
 
 COMMAND = Path(sys.executable).parent / "polymath"
 DEMO = DEMO_CONFIG.parent / "demo"
@@ -171,6 +172,7 @@ def test_help_loads_nothing_heavy() -> None:
         ["experts", "list"],
         ["train", "expert"],
         ["train", "router"],
+        ["train", "clusters"],
         ["eval", "router"],
         ["eval", "experts"],
     ],
@@ -418,3 +420,56 @@ def test_a_router_of_one_domain_is_refused(tmp_path: Path, domains: list[str], r
     lines = complaint("train", "router", "--data", file, "--out", tmp_path / "router")
     assert reason in lines
     assert not (tmp_path / "router").exists()
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> list[Path]:
+    """Two files of conversations; one answers in words, the other in digits."""
+    answers = {"coding": "use a loop", "math": "= 42"}
+    return [
+        write_jsonl(
+            tmp_path / f"{domain}.train.jsonl",
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": prompt},
+                        {"role": "assistant", "content": answer},
+                    ]
+                }
+                for prompt in PROMPTS[domain]
+            ],
+        )
+        for domain, answer in answers.items()
+    ]
+
+
+def test_clusters_that_were_found_can_be_served(
+    tiny_model: Path, chats: list[Path], tmp_path: Path
+) -> None:
+    out, encoder = tmp_path / "found", write_tiny_bert(tmp_path / "bert")
+    options = ("--base", tiny_model, "--encoder", str(encoder), "--train-tokens", "2000")
+    found = ("--clusters", "2", "--algorithm", "kmeans", "--dimensions", "64")
+    train = ("train", "clusters", "--data", *chats, "--out", out, *options, *found)
+    first, second, last = output(*train, "--eval-data", *chats).splitlines()
+    assert first.startswith("cluster-0: ")
+    assert second.startswith("cluster-1: ")
+    assert last == f"{out}: report.html shows them, polymath.yaml serves them"
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    sizes = [cluster["size"] for cluster in report["clusters"]]
+    assert [first, second] == [f"cluster-{c}: {size} conversations" for c, size in enumerate(sizes)]
+    assert {label for cluster in report["clusters"] for label in cluster["labels"]} == {
+        "coding",
+        "math",
+    }
+    assert report["losses"]
+    checked = output("check", "--config", out / "polymath.yaml")
+    assert checked.endswith("in order; experts: clusters-base, cluster-0, cluster-1\n")
+
+
+def test_an_unknown_algorithm_is_one_line(chats: list[Path], tmp_path: Path) -> None:
+    args = ("--data", *chats, "--out", tmp_path / "found", "--algorithm", "dbscan")
+    (line,) = complaint("train", "clusters", *args)
+    assert line.startswith("algorithm: ")
+    assert all(word in line for word in ("birch", "kmeans", "spherical"))
+    assert line.endswith("found 'dbscan'")
+    assert not (tmp_path / "found").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -226,3 +228,16 @@ def test_framing_leaves_the_given_messages_as_they_were() -> None:
     before = copy.deepcopy(messages)
     frame_conversation(messages, "You know the law.", [{"role": "user", "content": "x"}])
     assert messages == before
+
+
+def test_threads_do_not_turn_each_others_text_into_control_tokens(tiny_model: Path) -> None:
+    """A tokenizer keeps in itself whether it splits control tokens (seen with transformers 5)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = ["a<|im_end|>b" * 40, "plain text " * 40]
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    alone = [render_chat(tokenizer, turn) for turn in turns]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda turn: render_chat(tokenizer, turn), turns * 300))
+    assert together == alone * 300

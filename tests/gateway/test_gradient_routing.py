@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,17 +172,25 @@ def decision_of(file: Path, text: str, headers: dict[str, str] | None = None) ->
     return open_router(load_config(file, environ={})).route([user(text)], headers)
 
 
-def problem(file: Path) -> str:
-    """The one problem of a config, without the file and the line, which must be those of its key."""
+def problems(file: Path) -> list[str]:
+    """Keys of a config and what is wrong with them; the lines that are named must be theirs."""
     with pytest.raises(ConfigError) as refused:
         prepare(load_config(file, environ={}))
-    (line,) = refused.value.problems
+    return [_problem(file, line) for line in refused.value.problems]
+
+
+def problem(file: Path) -> str:
+    (only,) = problems(file)
+    return only
+
+
+def _problem(file: Path, line: str) -> str:
     assert "\n" not in line
     place, key, reason = line.split(": ", 2)
     path, _, number = place.rpartition(":")
     assert path == str(file)
     named = file.read_text().splitlines()[int(number) - 1]
-    assert named.strip().startswith(f"{key.rpartition('.')[2]}:")
+    assert f"{key.rpartition('.')[2]}:" in named
     return f"{key}: {reason}"
 
 
@@ -386,9 +395,9 @@ def test_a_hybrid_mixes_what_both_say(copy: Path, share: float, distil: str) -> 
         Path(shutil.copytree(copy.parent, copy.parent.with_name(name))) / copy.name
         for name in ("gradient", "words", "both")
     )
-    with_router(gradient, f"distil: {distil}")
+    with_router(gradient, f"distil: {distil}", "top_k: 9")
     rewrite(words, ("kind: gradient", "kind: encoder"), ("path: clusters", "path: router"))
-    as_hybrid(both, f"share: {share}", f"distil: {distil}")
+    as_hybrid(both, f"share: {share}", f"distil: {distil}", "top_k: 9")
     pull, said, mixed = (decision_of(file, "Is it theft?") for file in (gradient, words, both))
     experts = {*pull.weights, *said.weights}
     expected = {
@@ -402,7 +411,7 @@ def test_a_hybrid_mixes_what_both_say(copy: Path, share: float, distil: str) -> 
 
 
 def test_a_hybrid_is_answered_by_the_experts_of_both(copy: Path) -> None:
-    as_hybrid(copy, *NEAREST)
+    as_hybrid(copy, "top_k: 9", "temperature: 1.0e-9")
     gateway = Gateway(prepare(load_config(copy, environ={})))
     asyncio.run(gateway.load())
     try:
@@ -427,8 +436,8 @@ def test_rules_stand_before_a_hybrid(copy: Path) -> None:
 def test_a_fallback_without_an_adapter_is_refused(copy: Path, fallback: str) -> None:
     rewrite(copy, ("fallback: everything", f"fallback: {fallback}"))
     assert problem(copy) == (
-        f"router.path: the fallback {fallback!r} of a gradient router must be an expert with the "
-        f"clusters' base adapter: `adapter: {copy.parent / 'clusters'}/base`"
+        f"router.fallback: the fallback {fallback!r} of a gradient router must be an expert with "
+        f"the clusters' base adapter: `adapter: {copy.parent / 'clusters'}/base`"
     )
 
 
@@ -436,8 +445,8 @@ def test_a_fallback_with_another_adapter_is_refused(copy: Path) -> None:
     rewrite(copy, ("fallback: everything", "fallback: cluster-0"))
     clusters = copy.parent / "clusters"
     assert problem(copy) == (
-        f"router.path: {clusters / 'expert-0'}, the adapter of the fallback 'cluster-0', is not "
-        f"the base adapter that the clusters were found with: {clusters}/base"
+        f"router.fallback: {clusters / 'expert-0'}, the adapter of the fallback 'cluster-0', is "
+        f"not the base adapter that the clusters were found with: {clusters}/base"
     )
 
 
@@ -464,7 +473,7 @@ def test_a_missing_folder_of_a_hybrid_is_named(copy: Path) -> None:
 
 def test_a_hybrid_needs_clusters(copy: Path) -> None:
     rewrite(copy, ("kind: gradient", "kind: hybrid"))
-    assert problem(copy) == "router: a router of kind hybrid needs `clusters`"
+    assert problem(copy) == "router: 'clusters' is missing; a router of kind 'hybrid' needs it"
 
 
 @pytest.mark.parametrize("name", ["clusters.json", "centroids.safetensors"])
@@ -478,6 +487,65 @@ def test_a_damaged_folder_is_named(
     file = copy.parent / "clusters" / name
     spoil(file)
     assert problem(copy).startswith(f"router.path: {file}: {what}")
+
+
+def test_a_damaged_folder_of_a_hybrid_is_named(copy: Path) -> None:
+    as_hybrid(copy)
+    file = copy.parent / "clusters" / "clusters.json"
+    file.unlink()
+    assert problem(copy).startswith(f"router.clusters: {file}: missing")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"{")])
+def test_a_damaged_base_adapter_is_named(
+    copy: Path, name: str, spoil: Callable[[Path], object]
+) -> None:
+    """Even where its sum is the one that the clusters were found with."""
+    file = copy.parent / "clusters" / "base" / name
+    spoil(file)
+    clusters = ClusterArtifact.load(copy.parent / "clusters")
+    weights = copy.parent / "clusters" / "base" / "adapter_model.safetensors"
+    sha256 = hashlib.sha256(weights.read_bytes() if weights.exists() else b"").hexdigest()
+    card = clusters.card.model_copy(update={"base_sha256": sha256})
+    replace(clusters, card=card).save(copy.parent / "clusters")
+    found = problems(copy)
+    assert any(line.startswith(f"experts.everything.adapter: {file}: ") for line in found)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_base_model_is_named(copy: Path, tiny_model: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_model, copy.parent / "broken"))
+    (folder / name).write_bytes(b"{")
+    rewrite(copy, (str(tiny_model), "broken"))
+    assert any(str(folder) in line for line in problems(copy))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": LABELS[::-1]},
+        {"labels": LABELS[:2], "rows": 2},
+        {"out_of_scope": 0.5, "rows": 4},
+        {"width": 5},
+    ],
+    ids=["order", "number", "scope", "width"],
+)
+def test_a_distilled_folder_of_other_clusters_is_refused(
+    copy: Path, changes: dict[str, Any]
+) -> None:
+    folder = copy.parent / "clusters" / "distilled"
+    artifact = RouterArtifact.load(folder)
+    shape = changes.pop("rows", len(LABELS)), changes.pop("width", artifact.dimensions)
+    replace(
+        artifact,
+        card=artifact.card.model_copy(update=changes),
+        weight=np.zeros(shape, dtype=np.float32),
+        bias=np.zeros(shape[0], dtype=np.float32),
+        vectors=np.empty((0, shape[1]), dtype=np.float32),
+    ).save(folder)
+    with_router(copy, "distil: true")
+    assert problem(copy).startswith(f"router.path: {folder}")
 
 
 @pytest.mark.parametrize(
@@ -509,5 +577,5 @@ def test_experts_of_different_vocabularies_cannot_be_routed_by_gradients(
     foreign = f"  foreign: {{model: {foreign_model}}}\nexperts:\n"
     stranger = "  stranger: {kind: base, base_model: foreign}\nrouter:\n"
     rewrite(copy, ("experts:\n", foreign), ("router:\n", stranger))
-    with pytest.raises(ConfigError, match=r"router\.combine: .* tiny and foreign have different"):
+    with pytest.raises(ConfigError, match=r"router\.kind: .* tiny and foreign have different"):
         prepare(load_config(copy, environ={}))

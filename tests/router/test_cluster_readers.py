@@ -29,6 +29,7 @@ from polymath.router import (
 from tests.router.conftest import TINY_TOKENS, TINY_WIDTH, Floats
 
 CLUSTERS = 3
+NAMES = tuple(f"cluster-{index}" for index in range(CLUSTERS))
 DIMENSIONS = 8
 TEMPERATURE = 0.5
 FLOAT32_ERROR = 1e-5
@@ -70,7 +71,7 @@ def distilled(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         card=RouterCard(
             encoder="tiny",
             max_tokens=TINY_TOKENS,
-            labels=tuple(f"cluster-{index}" for index in range(CLUSTERS)),
+            labels=NAMES,
             temperature=TEMPERATURE,
             data_sha256="",
             rows={},
@@ -126,18 +127,18 @@ def test_what_the_words_say_is_the_calibrated_head(
     artifact = RouterArtifact.load(distilled)
     read, _ = halves(tiny.encode([text]))
     expected = calibrated(read @ artifact.weight.T + artifact.bias, TEMPERATURE)[0]
-    found = distilled_reader(distilled, 1)(said(text))
+    found = distilled_reader(distilled, 1, NAMES)(said(text))
     np.testing.assert_allclose(found, expected, rtol=FLOAT32_ERROR)
     assert found.sum() == pytest.approx(1.0)
 
 
 def test_words_tell_prompts_apart(distilled: Path) -> None:
-    read = distilled_reader(distilled, 1)
+    read = distilled_reader(distilled, 1, NAMES)
     assert np.abs(read(said(TEXTS[0])) - read(said(TEXTS[1]))).max() > 1e-3
 
 
 def test_the_words_are_those_of_the_last_user_turn(distilled: Path) -> None:
-    read = distilled_reader(distilled, 1)
+    read = distilled_reader(distilled, 1, NAMES)
     turns: list[Message] = [
         {"role": "system", "content": "sort"},
         *said("proof", "what is the law"),
@@ -148,7 +149,7 @@ def test_the_words_are_those_of_the_last_user_turn(distilled: Path) -> None:
 
 @pytest.mark.parametrize("messages", [[], [{"role": "system", "content": "sort"}]])
 def test_without_a_user_turn_the_words_are_none(distilled: Path, messages: list[Message]) -> None:
-    read = distilled_reader(distilled, 1)
+    read = distilled_reader(distilled, 1, NAMES)
     np.testing.assert_array_equal(read(messages), read(said("")))
 
 
@@ -156,7 +157,7 @@ def test_texts_are_cut_to_what_the_card_says(distilled: Path, tmp_path: Path) ->
     folder = Path(shutil.copytree(distilled, tmp_path / "short"))
     artifact = RouterArtifact.load(folder)
     replace(artifact, card=artifact.card.model_copy(update={"max_tokens": 16})).save(folder)
-    read, side = distilled_reader(folder, 1), "sort a list " * 20
+    read, side = distilled_reader(folder, 1, NAMES), "sort a list " * 20
     first, second = (read(said(f"{side}{word} {side}")) for word in ("law", "stock"))
     np.testing.assert_array_equal(first, second)
 
@@ -170,9 +171,9 @@ def test_a_corrupt_file_is_named(
     folder = Path(shutil.copytree(distilled, tmp_path / "broken"))
     (folder / name).write_bytes(b"{")
     with pytest.raises(error, match=str(folder)):
-        distilled_reader(folder, 1)
+        distilled_reader(folder, 1, NAMES)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(RouterArtifactError, match=str(tmp_path / "distilled")):
-        distilled_reader(tmp_path / "distilled", 1)
+        distilled_reader(tmp_path / "distilled", 1, NAMES)

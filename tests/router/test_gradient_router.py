@@ -45,9 +45,7 @@ def cosines_of(clusters: int) -> st.SearchStrategy[Floats]:
 cosines = st.integers(2, 6).flatmap(cosines_of)
 temperatures = st.floats(0.05, 20)
 shares = st.lists(st.floats(1e-6, 1), min_size=len(LABELS), max_size=len(LABELS)).map(
-    lambda values: {
-        label: value / sum(values) for label, value in zip(LABELS, values, strict=True)
-    }
+    lambda values: {label: value / sum(values) for label, value in zip(LABELS, values, strict=True)}
 )
 policies = st.builds(
     ClusterPolicy,
@@ -168,9 +166,7 @@ def test_a_higher_temperature_is_never_surer(cosines: Floats, temperature: float
 
 
 @given(clusters=st.integers(1, 8), cosine=st.floats(-1, 1), temperature=temperatures)
-def test_equal_cosines_give_equal_weights(
-    clusters: int, cosine: float, temperature: float
-) -> None:
+def test_equal_cosines_give_equal_weights(clusters: int, cosine: float, temperature: float) -> None:
     weights = weights_of(np.full((1, clusters), cosine), temperature)
     np.testing.assert_allclose(weights, 1 / clusters, rtol=1e-9)
 

@@ -36,6 +36,9 @@ distributions = st.dictionaries(st.sampled_from("abcdef"), st.floats(1e-6, 1), m
 )
 
 
+ALL = 100
+
+
 class DecidedRouter:
     """Stands for a router: its decision is known beforehand."""
 
@@ -51,9 +54,9 @@ class DecidedRouter:
 
 
 def mixed(
-    share: float, words: RouteDecision = WORDS, pull: RouteDecision = PULL
+    share: float, words: RouteDecision = WORDS, pull: RouteDecision = PULL, most: int = ALL
 ) -> RouteDecision:
-    return HybridRouter(DecidedRouter(words), DecidedRouter(pull), share).route(TURNS)
+    return HybridRouter(DecidedRouter(words), DecidedRouter(pull), share, most).route(TURNS)
 
 
 def decided(weights: Mapping[str, float], **changes: Any) -> RouteDecision:
@@ -62,12 +65,18 @@ def decided(weights: Mapping[str, float], **changes: Any) -> RouteDecision:
 
 @given(words=distributions, pull=distributions)
 def test_a_share_of_zero_is_the_encoder(words: dict[str, float], pull: dict[str, float]) -> None:
-    assert mixed(0.0, decided(words), decided(pull)).weights == words
+    assert mixed(0.0, decided(words), decided(pull)).weights == pytest.approx(words)
 
 
 @given(words=distributions, pull=distributions)
 def test_a_share_of_one_is_the_gradient(words: dict[str, float], pull: dict[str, float]) -> None:
-    assert mixed(1.0, decided(words), decided(pull)).weights == pull
+    assert mixed(1.0, decided(words), decided(pull)).weights == pytest.approx(pull)
+
+
+def test_no_more_than_wanted_answer() -> None:
+    words, pull = decided({"a": 0.5, "b": 0.3, "c": 0.2}), decided({"d": 0.9, "a": 0.1})
+    found = mixed(0.5, words, pull, most=2).weights
+    assert found == pytest.approx({"d": 0.45 / 0.75, "a": 0.3 / 0.75})
 
 
 @given(weights=distributions, share=st.floats(0, 1))
@@ -113,7 +122,7 @@ def test_both_take_their_time() -> None:
 
 def test_both_are_asked_the_same() -> None:
     words, pull = DecidedRouter(WORDS), DecidedRouter(PULL)
-    HybridRouter(words, pull, 0.5).route(TURNS, {"x-team": "arts"})
+    HybridRouter(words, pull, 0.5, 4).route(TURNS, {"x-team": "arts"})
     assert words.asked == pull.asked == [(TURNS, {"x-team": "arts"})]
 
 

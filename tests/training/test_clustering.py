@@ -88,9 +88,7 @@ def test_the_order_of_the_rows_does_not_matter(algorithm: Algorithm) -> None:
     vectors, _ = groups_of(*SIZES)
     order = np.random.default_rng(3).permutation(len(vectors))
     members = cluster(vectors, len(SIZES), algorithm, 0)
-    np.testing.assert_array_equal(
-        cluster(vectors[order], len(SIZES), algorithm, 0), members[order]
-    )
+    np.testing.assert_array_equal(cluster(vectors[order], len(SIZES), algorithm, 0), members[order])
 
 
 @each_algorithm

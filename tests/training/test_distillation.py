@@ -140,9 +140,7 @@ def test_no_prompt_is_in_the_folder(folder: Path) -> None:
     assert not [text for text in TEXTS if text.encode() in content]
 
 
-def test_the_card_says_how_well_it_guesses_and_from_what(
-    run: Distil, tmp_path: Path
-) -> None:
+def test_the_card_says_how_well_it_guesses_and_from_what(run: Distil, tmp_path: Path) -> None:
     agreement = run(TEXTS, weights_of(ROWS))
     card = RouterArtifact.load(tmp_path / "distilled").card
     assert card.metrics == {"agreement": round(agreement.top, 4)}

@@ -452,8 +452,8 @@ def killed_start(
 ) -> Path:
     """The folder of a training from `unbroken` that was killed after a checkpoint."""
     monkeypatch.setattr(lora, "CHECKPOINT_SECONDS", 0)
+    trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path, start=unbroken)
     with pytest.raises(Killed):
-        trainer = LoraTrainer(tiny_model, ROWS, RECIPE, tmp_path, start=unbroken)
         trainer.train(KillAfter(STOP_AFTER))
     return tmp_path
 

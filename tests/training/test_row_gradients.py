@@ -199,9 +199,7 @@ def test_a_run_killed_in_a_pass_does_that_pass_again(file: Path) -> None:
 
 def test_progress_rises_to_all_the_prompts(killed: Path) -> None:
     steps: list[tuple[int, int]] = []
-    row_gradients(
-        FakeFeatures(), PROMPTS, None, killed, "key", lambda *step: steps.append(step)
-    )
+    row_gradients(FakeFeatures(), PROMPTS, None, killed, "key", lambda *step: steps.append(step))
     done = [step[0] for step in steps]
     assert done == sorted(set(done))
     assert steps[-1] == (len(PROMPTS), len(PROMPTS))
@@ -213,7 +211,16 @@ def test_another_key_starts_anew(killed: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"{", b"\xff\xfe", b"[]", b"1", b"{}", b'{"key": "key"}', b'{"key": "key", "batches": []}'],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"1",
+        b"{}",
+        b'{"key": "key"}',
+        b'{"key": "key", "batches": []}',
+    ],
     ids=repr,
 )
 def test_a_damaged_stand_starts_anew(killed: Path, damage: bytes) -> None:
