@@ -5,6 +5,7 @@ from polymath.router.build import build_router
 from polymath.router.calibration import calibrated
 from polymath.router.cluster_artifact import (
     BASE_FOLDER,
+    CLUSTERS_FILE,
     DISTILLED_FOLDER,
     ClusterArtifact,
     ClusterCard,
@@ -40,6 +41,7 @@ from polymath.router.settings import RouterSettings
 
 __all__ = [
     "BASE_FOLDER",
+    "CLUSTERS_FILE",
     "DISTILLED_FOLDER",
     "CARD_FILE",
     "TOKENIZER_FILE",

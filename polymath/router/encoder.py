@@ -51,6 +51,8 @@ class SentenceEncoder:
         folder: holds `model.onnx` and `tokenizer.json`.
         threads: of ONNX Runtime.
         max_tokens: of longer texts the start and the end are read.
+    Attributes:
+        dimensions: length of the vectors, both halves.
     Raises:
         ModelSourceError: a file is missing or corrupt.
     """
@@ -59,11 +61,7 @@ class SentenceEncoder:
         self._session = open_graph(folder / MODEL_FILE, threads, "make the router again")
         self._tokenizer = open_tokenizer(folder)
         self._max_tokens = max_tokens
-
-    @property
-    def dimensions(self) -> int:
-        """Length of the vectors, both halves."""
-        return sum(int(output.shape[-1]) for output in self._session.get_outputs())
+        self.dimensions = sum(int(output.shape[-1]) for output in self._session.get_outputs())
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of the texts, [texts, dimensions]."""
@@ -80,12 +78,15 @@ class SentenceEncoder:
         """
         import numpy as np
 
+        alike: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            alike.setdefault(len(row), []).append(index)
         vectors = np.zeros((len(rows), self.dimensions), dtype=np.float32)
-        lengths = np.array([len(row) for row in rows])
-        for length in set(lengths.tolist()) - {0}:
-            members = np.flatnonzero(lengths == length).tolist()
-            ids = np.array([rows[index] for index in members], dtype=np.int64)
-            vectors[members] = np.concatenate(self._session.run(None, {"input_ids": ids}), axis=1)
+        for length, members in alike.items():
+            if length:
+                ids = np.array([rows[index] for index in members], dtype=np.int64)
+                found = self._session.run(None, {"input_ids": ids})
+                vectors[members] = np.concatenate(found, axis=1)
         return vectors
 
 

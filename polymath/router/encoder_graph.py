@@ -167,7 +167,7 @@ class _Graph:
         return self._norm(f"{name}.LayerNorm", "words", "places")
 
     def _layer(self, name: str, states: str) -> str:
-        attended = self._dense(f"{name}.attention.output.dense", self._attention(name, states))
+        attended = self._attention(f"{name}.attention", states)
         states = self._norm(f"{name}.attention.output.LayerNorm", attended, states)
         inner = self._dense(f"{name}.intermediate.dense", states)
         active = self._node("Gelu", [inner], f"{name}.gelu", domain=MICROSOFT)
@@ -175,12 +175,18 @@ class _Graph:
             f"{name}.output.LayerNorm", self._dense(f"{name}.output.dense", active), states
         )
 
-    def _attention(self, layer: str, states: str) -> str:
-        name = f"{layer}.attention.self"
-        inputs = self._operand(f"{name}.in", states)
-        parts = [self._product(f"{name}.{part}", inputs) for part in ("query", "key", "value")]
+    def _attention(self, name: str, states: str) -> str:
+        """Attention is linear in the values, so they carry the scales of the output layer."""
+        output = f"{name}.output.dense"
+        inputs = self._operand(f"{name}.self.in", states)
+        parts = [self._product(f"{name}.self.{part}", inputs) for part in ("query", "key")]
+        factor = None if self._ranges is None else self._inverse(f"{output}.in")
+        parts.append(self._product(f"{name}.self.value", inputs, factor))
         heads = self._config.num_attention_heads
-        return self._node("MultiHeadAttention", parts, name, domain=MICROSOFT, num_heads=heads)
+        mixed = self._node(
+            "MultiHeadAttention", parts, f"{name}.self", domain=MICROSOFT, num_heads=heads
+        )
+        return self._product(output, self._operand(f"{output}.in", mixed, scaled=True))
 
     def _norm(self, name: str, left: str, right: str) -> str:
         """Layer norm of a sum. (The fused operator of ONNX Runtime is slower than these two.)"""
@@ -194,26 +200,30 @@ class _Graph:
     def _dense(self, name: str, states: str) -> str:
         return self._product(name, self._operand(f"{name}.in", states))
 
-    def _operand(self, name: str, states: str) -> str:
-        """The input of linear layers: as it is, or with each channel scaled to uint8."""
+    def _operand(self, name: str, states: str, scaled: bool = False) -> str:
+        """The input of linear layers: as it is, or in uint8 with each channel scaled."""
         if self._ranges is None:
             self._tapped.append(name)
             return self._node("Identity", [states], name)
-        self._constant(f"{name}.inverse", 1 / self._scale(name))
-        self._node("Mul", [states, f"{name}.inverse"], f"{name}.scaled")
-        return self._node("QuantizeLinear", [f"{name}.scaled", "one", "zero_point"], name)
+        if not scaled:
+            self._constant(f"{name}.inverse", self._inverse(name))
+            states = self._node("Mul", [states, f"{name}.inverse"], f"{name}.scaled")
+        return self._node("QuantizeLinear", [states, "one", "zero_point"], name)
 
-    def _product(self, name: str, operand: str) -> str:
-        """`operand` times the weights, plus the bias."""
-        weight = self._weights[f"{name}.weight"]
-        self._constant(f"{name}.bias", self._weights[f"{name}.bias"])
+    def _product(self, name: str, operand: str, factor: Floats | None = None) -> str:
+        """The operand times the weights, plus the bias; in int8 with a factor for each output."""
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
         if self._ranges is None:
+            self._constant(f"{name}.bias", bias)
             self._constant(f"{name}.weight", weight.T)
             product = self._node("MatMul", [operand, f"{name}.weight"], f"{name}.product")
             return self._node("Add", [product, f"{name}.bias"], name)
         codes, scale = _rounded(weight * self._scale(operand))
+        if factor is not None:
+            scale, bias = scale * factor, bias * factor
         self._constant(f"{name}.codes", codes.T)
         self._constant(f"{name}.scale", scale)
+        self._constant(f"{name}.bias", bias)
         operands = [operand, f"{name}.codes", "one", f"{name}.scale", "zero_point", ""]
         return self._node(
             "MatMulIntegerToFloat", [*operands, f"{name}.bias"], name, domain=MICROSOFT
@@ -226,6 +236,11 @@ class _Graph:
         assert self._ranges is not None
         scale = np.maximum(self._ranges[operand], LEAST_RANGE) / LARGEST_CODE
         return scale.astype(np.float32)
+
+    def _inverse(self, operand: str) -> Floats:
+        import numpy as np
+
+        return np.reciprocal(self._scale(operand))
 
     def _mean(self, states: str, name: str) -> str:
         return self._node("ReduceMean", [states, "axis.tokens"], name, keepdims=0)

@@ -113,7 +113,7 @@ class EncoderRouter:
         card = self._artifact.card
         read, likeness = halves(vector)
         logits = self._artifact.weight @ read + self._artifact.bias
-        values: list[float] = calibrated(logits[None], card.temperature)[0].tolist()
+        values: list[float] = calibrated(logits, card.temperature).tolist()
         outside = values[len(card.labels)] if len(values) > len(card.labels) else 0.0
         inside = max(1 - outside, TINY)
         odds = self._prototypes.odds(likeness) if self._prototypes else {}
@@ -155,7 +155,7 @@ def _most_similar(
 
     similarities = vectors @ vector
     some = min(NEAREST, len(similarities))
-    nearest = np.argpartition(-similarities, some - 1)[:some] if some else np.arange(0)
+    nearest = np.argpartition(similarities, -some)[-some:] if some else np.arange(0)
     return [
         Neighbour(
             references[index].id,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,13 +30,16 @@ from polymath.experts import (
 )
 from polymath.router import (
     BASE_FOLDER,
+    CLUSTERS_FILE,
     DISTILLED_FOLDER,
     ClusterArtifact,
     ClusterCard,
     ClusterPolicy,
+    RouterArtifact,
     SentenceEncoder,
     cluster_weights,
     halves,
+    locate_encoder,
 )
 from polymath.training.cluster_report import cluster_findings, write_cluster_report
 from polymath.training.clustering import Algorithm, centroids_of, cluster
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
 
 __all__ = ["ClusterRecipe", "ClusterTraining", "expert_folder"]
+
+Value = TypeVar("Value")
 
 WORK_FOLDER = ".training"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -111,7 +116,8 @@ class ClusterTraining:
         model_folder: Hugging Face folder of the base model; `base_model` is where it came from.
         rows: the conversations; domain labels are not asked for.
     Raises:
-        DataError: fewer rows than clusters have an answer.
+        DataError: fewer rows than clusters have an answer, or `out` holds something else.
+        ModelSourceError: there is no encoder.
     """
 
     def __init__(
@@ -123,6 +129,9 @@ class ClusterTraining:
         out: Path,
         progress: Progress = no_progress,
     ) -> None:
+        locate_encoder(recipe.encoder)
+        self._answered = _answered(model_folder, rows, recipe.lora.max_length)
+        rows = _of(rows, self._answered)
         if len(rows) < recipe.clusters:
             raise DataError(f"{recipe.clusters} clusters need as many rows, found {len(rows)}")
         self._model_folder = model_folder
@@ -161,13 +170,15 @@ class ClusterTraining:
             texts, shares, artifact.card.labels, recipe.encoder, distilled, recipe.seed
         )
         self._progress("distilling", 1, 1)
-        embeddings, _ = halves(SentenceEncoder(distilled, 2).encode(texts))
+        length = RouterArtifact.load(distilled).card.max_tokens
+        embeddings, _ = halves(SentenceEncoder(distilled, 2, length).encode(texts))
+        known = None if labels is None else _of(labels, self._answered)
         findings = cluster_findings(
-            texts, vectors, embeddings, members, artifact.centroids, labels
+            texts, vectors, embeddings, members, artifact.centroids, known
         ) | {"agreement": asdict(agreement)}
         losses = self._losses(artifact, features, tokenizer, held_out)
         write_cluster_report(self._out, findings, losses, f"Clusters of {self._base_model}")
-        _write_config(self._out, artifact.card)
+        _write_config(self._out, artifact.card, recipe.top_k)
         artifact.save(self._out)
         shutil.rmtree(self._work)
         return artifact
@@ -175,10 +186,17 @@ class ClusterTraining:
     def _open_work_folder(self) -> None:
         key = f"{self._base_model}:{self._fingerprint}:{self._recipe.model_dump_json()}"
         file = self._work / "key"
-        if self._out.exists() and (not file.exists() or file.read_text(encoding="utf-8") != key):
-            for folder in (self._work, self._base, *self._out.glob("expert-*")):
-                shutil.rmtree(folder, ignore_errors=True)
+        if file.exists() and file.read_text(encoding="utf-8") == key:
+            return
+        card = self._out / CLUSTERS_FILE
+        old = [folder for folder in (self._base, *self._out.glob("expert-*")) if folder.exists()]
+        if old and not (self._work.exists() or card.exists()):
+            raise DataError(f"{old[0]} is not of clusters; choose another --out")
         self._work.mkdir(parents=True, exist_ok=True)
+        card.unlink(missing_ok=True)
+        for folder in (*old, self._work):
+            shutil.rmtree(folder)
+        self._work.mkdir()
         file.write_text(key, encoding="utf-8")
 
     def train_base(self) -> AdamMoments:
@@ -232,7 +250,7 @@ class ClusterTraining:
     ) -> Vectors:
         prompts = self._prompts(tokenizer, self._rows)
         key = _sha256(self._base / WEIGHTS_FILE)
-        stage = "gradient features" if moments else "gradients of requests"
+        stage = "gradients of requests" if name == RAW_FEATURES_FILE else "gradient features"
         progress = partial(self._progress, stage)
         return row_gradients(features, prompts, moments, self._work / name, key, progress)
 
@@ -335,7 +353,19 @@ class ClusterTraining:
         return ClusterArtifact(card, centroids)
 
 
-def _write_config(out: Path, card: ClusterCard) -> None:
+def _answered(model_folder: Path, rows: Sequence[ChatRow], max_length: int) -> list[bool]:
+    """Which rows have an answer within the length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return [encode_chat(tokenizer, row, max_length) is not None for row in rows]
+
+
+def _of(values: Sequence[Value], kept: Sequence[bool]) -> list[Value]:
+    return [value for value, keep in zip(values, kept, strict=True) if keep]
+
+
+def _write_config(out: Path, card: ClusterCard, top_k: int) -> None:
     """A config that serves the folder."""
     import yaml
 
@@ -356,7 +386,7 @@ def _write_config(out: Path, card: ClusterCard) -> None:
     config = {
         "base_models": {"base": {"model": _absolute(card.base_model)}},
         "experts": experts,
-        "router": {"kind": "gradient", "path": ".", "fallback": "clusters-base"},
+        "router": {"kind": "gradient", "path": ".", "fallback": "clusters-base", "top_k": top_k},
     }
     (out / "polymath.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 

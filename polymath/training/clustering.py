@@ -17,6 +17,9 @@ Algorithm = Literal["birch", "kmeans", "spherical"]
 BIRCH_THRESHOLD = 0.5
 """Radius of the smallest subclusters (scikit-learn's default)."""
 
+LEAST_THRESHOLD = 1e-3
+"""Vectors that are nearer to each other than this are the same."""
+
 ROUNDS = 50
 STARTS = 4
 
@@ -30,7 +33,10 @@ def cluster(vectors: Vectors, clusters: int, algorithm: Algorithm, seed: int) ->
     """
     import numpy as np
 
-    found = ALGORITHMS[algorithm](vectors, min(clusters, len(vectors)), seed)
+    clusters = min(clusters, len(np.unique(vectors, axis=0)))
+    if clusters == 1:
+        return np.zeros(len(vectors), dtype=np.int64)
+    found = ALGORITHMS[algorithm](vectors, clusters, seed)
     _, places, sizes = np.unique(found, return_inverse=True, return_counts=True)
     rank = np.argsort(np.argsort(-sizes, kind="stable"), kind="stable")
     result: NDArray[np.int64] = rank[places].astype(np.int64)
@@ -47,11 +53,19 @@ def centroids_of(vectors: Vectors, members: NDArray[np.int64]) -> Vectors:
 
 
 def _birch(vectors: Vectors, clusters: int, seed: int) -> Any:
-    """BIRCH (Zhang et al. 1996): a tree of subclusters in one pass, then Ward's on those."""
-    from sklearn.cluster import AgglomerativeClustering, Birch
+    """BIRCH (Zhang et al. 1996): a tree of subclusters in one pass, then Ward's on those.
 
-    ward = AgglomerativeClustering(clusters)
-    return Birch(threshold=BIRCH_THRESHOLD, n_clusters=ward).fit_predict(vectors)
+    The radius is halved until there are enough of them, as gradients may have much in common.
+    """
+    from sklearn.cluster import Birch
+
+    threshold = BIRCH_THRESHOLD
+    while threshold > LEAST_THRESHOLD:
+        tree = Birch(threshold=threshold, n_clusters=None).fit(vectors)
+        if len(tree.subcluster_centers_) >= clusters:
+            return tree.set_params(n_clusters=clusters).fit_predict(vectors)
+        threshold /= 2
+    return tree.labels_
 
 
 def _kmeans(vectors: Vectors, clusters: int, seed: int) -> Any:
@@ -63,11 +77,11 @@ def _kmeans(vectors: Vectors, clusters: int, seed: int) -> Any:
 def _spherical(vectors: Vectors, clusters: int, seed: int) -> Any:
     """K-means by cosine (Dhillon and Modha 2001), from the best of some random starts."""
     import numpy as np
+    from sklearn.cluster import kmeans_plusplus
 
-    random = np.random.default_rng(seed)
     best, best_score = None, -np.inf
-    for _ in range(STARTS):
-        centres = vectors[random.choice(len(vectors), clusters, replace=False)]
+    for start in range(STARTS):
+        centres, _ = kmeans_plusplus(vectors, clusters, random_state=seed * STARTS + start)
         for _ in range(ROUNDS):
             cosines = vectors @ centres.T
             members = cosines.argmax(axis=1)

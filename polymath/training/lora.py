@@ -154,13 +154,13 @@ class LoraTrainer:
         self.out.mkdir(parents=True, exist_ok=True)
         state = get_peft_model_state_dict(self.model)
         tensors = {name: weight.half().contiguous() for name, weight in state.items()}
-        partial = self.out / f"{WEIGHTS_FILE}.tmp"
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(self.out / WEIGHTS_FILE)
         config = self.model.peft_config["default"]
         config.inference_mode = True
         config.base_model_name_or_path = None
         config.save_pretrained(str(self.out))
+        partial = self.out / f"{WEIGHTS_FILE}.tmp"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(self.out / WEIGHTS_FILE)
         shutil.rmtree(self.out / CHECKPOINT_FOLDER, ignore_errors=True)
 
     def evaluate(self, rows: Sequence[ChatRow]) -> tuple[Perplexity, Perplexity]:

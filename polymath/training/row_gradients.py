@@ -39,7 +39,8 @@ def row_gradients(
     file.parent.mkdir(parents=True, exist_ok=True)
     stand = file.with_suffix(".json")
     shape = (len(prompts), features.dimensions)
-    done = _done(stand, key) if file.exists() else 0
+    size = 2 * shape[0] * shape[1]
+    done = _done(stand, key) if file.exists() and file.stat().st_size == size else 0
     mode: Any = "r+" if done else "w+"
     kept = np.memmap(file, dtype=np.float16, mode=mode, shape=shape)
     batches = _batches(prompts)

@@ -25,7 +25,8 @@ def vectors() -> NDArray[np.float32]:
     """The first of each cluster is the nearest to its axis."""
     lean = np.arange(len(MEMBERS))[:, None] * 0.1
     towards = np.eye(8)[MEMBERS] + lean * np.eye(8)[3 + np.arange(len(MEMBERS)) % 5]
-    return (towards / np.linalg.norm(towards, axis=1, keepdims=True)).astype(np.float32)
+    directions: NDArray[np.float64] = towards / np.linalg.norm(towards, axis=1, keepdims=True)
+    return directions.astype(np.float32)
 
 
 @pytest.fixture

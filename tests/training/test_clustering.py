@@ -27,7 +27,8 @@ each_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 def unit(vectors: NDArray[np.float64]) -> Vectors:
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    directions: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return directions.astype(np.float32)
 
 
 def groups_of(*sizes: int, noise: float = 0.08, seed: int = 0) -> tuple[Vectors, Members]:

@@ -61,7 +61,7 @@ def folder(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def guesses(folder: Path, texts: list[str]) -> Weights:
-    read = distilled_reader(folder, 1)
+    read = distilled_reader(folder, 1, RouterArtifact.load(folder).card.labels)
     return np.stack([read([{"role": "user", "content": text}]) for text in texts])
 
 

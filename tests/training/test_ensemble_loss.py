@@ -70,7 +70,7 @@ def alone(tiny_model: Path, adapters: dict[str, Path]) -> dict[str | None, Any]:
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
-    adapted = {
+    adapted: dict[str | None, Any] = {
         name: PeftModel.from_pretrained(base(), str(folder)).eval()
         for name, folder in adapters.items()
     }
