@@ -8,8 +8,10 @@ killed run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -18,7 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymath.experts import encode_prompt, open_features, prepare_base_model
+from polymath.experts import (
+    Completion,
+    DecodeGroup,
+    Engine,
+    EngineSettings,
+    LoraModel,
+    Row,
+    SamplingParams,
+    WeightedLogits,
+    encode_prompt,
+    open_features,
+    prepare_base_model,
+    render_chat,
+)
 from polymath.router import (
     ClusterPolicy,
     EncoderRouter,
@@ -55,7 +70,12 @@ DOMAINS = ("coding", "finance", "general", "health", "law", "math")
 TRAIN_ROWS = 200
 """Conversations of each domain to learn from."""
 EVAL_ROWS = 40
-"""Conversations of each domain that are measured."""
+"""Conversations of each domain whose loss is measured."""
+SHORT_ANSWERS = ("law", "finance")
+EXACT_ROWS = 80
+NUMBER_ROWS = 40
+SHORT_TOKENS = 16
+NUMBER_TOKENS = 160
 TOKENS = 60_000
 CLUSTERS = 6
 TOP_K = 3
@@ -98,28 +118,78 @@ class Bench:
             f"ELREA, base and top {TOP_K}": lambda rows: self._elrea(rows, TOP_K, 1.0),
         }
 
-    def losses(self, name: str) -> dict[str, float]:
-        """Loss a token of each domain's answers, in nats."""
-        held_out = {
-            domain: read_chats([self._data / "experts" / f"{domain}.eval.jsonl"])[:EVAL_ROWS]
-            for domain in DOMAINS
-        }
-        rows = [row for some in held_out.values() for row in some]
-        places = [domain for domain, some in held_out.items() for _ in some]
-        adapters, weights = self.methods()[name](rows)
+    def measure(self, name: str) -> dict[str, float]:
+        """Loss a token of each domain's answers (nats), and shares of answers that are right."""
+        losses, exact, numbers = self._held_out
+        prompts = [row for row, _ in losses] + [row for row, _ in exact] + [r for r, _ in numbers]
+        adapters, weights = self.methods()[name](prompts)
+        result = self._losses(adapters, weights[: len(losses)])
+        rest = weights[len(losses) :]
+        said = asyncio.run(self._answers(adapters, rest))
+        for domain in SHORT_ANSWERS:
+            right = [
+                _plain(text) == _plain(row.messages[-1].content)
+                for text, (row, where) in zip(said, exact, strict=False)
+                if where == domain
+            ]
+            result[f"exact {domain}"] = sum(right) / len(right)
+        right = [
+            _last_number(text) == answer
+            for text, (_, answer) in zip(said[len(exact) :], numbers, strict=True)
+        ]
+        result["gsm8k"] = sum(right) / len(right)
+        return result
+
+    @cached_property
+    def _held_out(self) -> tuple[list[tuple[ChatRow, str]], ...]:
+        """What the loss, the exact answers and the numbers are measured on."""
+        rows = {d: read_chats([self._data / "experts" / f"{d}.eval.jsonl"]) for d in DOMAINS}
+        losses = [(row, d) for d in DOMAINS for row in rows[d][:EVAL_ROWS]]
+        exact = [(row, d) for d in SHORT_ANSWERS for row in rows[d][:EXACT_ROWS]]
+        lines = (self._data / "experts" / "math.gsm8k_test.jsonl").read_text().splitlines()
+        numbers = [
+            (_question(values["question"]), str(values["answer"]))
+            for values in map(json.loads, lines[:NUMBER_ROWS])
+        ]
+        return losses, exact, numbers
+
+    def _losses(self, adapters: dict[str, Path], weights: Weights) -> dict[str, float]:
+        rows, _, _ = self._held_out
         ensemble = AdapterEnsemble(
             self._folder, adapters or {"unused": self._single_folder()}, self._pad
         )
-        encoded = [encode_chat(self._tokenizer, row, 2 * MAX_LENGTH) for row in rows]
+        encoded = [encode_chat(self._tokenizer, row, 2 * MAX_LENGTH) for row, _ in rows]
         kept = [place for place, example in enumerate(encoded) if example is not None]
         examples = [example for example in encoded if example is not None]
         losses = ensemble.losses(examples, [weights[place] for place in kept])
         tokens = [sum(label >= 0 for label in example.labels[1:]) for example in examples]
         result = {}
         for domain in DOMAINS:
-            mine = [index for index, place in enumerate(kept) if places[place] == domain]
+            mine = [index for index, place in enumerate(kept) if rows[place][1] == domain]
             result[domain] = sum(losses[mine]) / sum(tokens[index] for index in mine)
         return result
+
+    async def _answers(self, adapters: dict[str, Path], weights: Weights) -> list[str]:
+        """Greedy answers through the engine."""
+        _, exact, numbers = self._held_out
+        settings = EngineSettings(max_num_seqs=16, max_waiting=len(weights))
+        model = LoraModel(self._folder, adapters, settings)
+        engine = Engine({"base": model}, settings)
+        limits = [SHORT_TOKENS] * len(exact) + [NUMBER_TOKENS] * len(numbers)
+        groups = []
+        for (row, _), shares, limit in zip(exact + numbers, weights, limits, strict=True):
+            prompt = tuple(render_chat(model.tokenizer, row.conversation()[:-1]))
+            groups.append(
+                DecodeGroup(
+                    tuple(Row("base", adapter, prompt) for adapter in shares),
+                    WeightedLogits(tuple(shares.values())),
+                    SamplingParams(max_tokens=limit, temperature=0.0),
+                )
+            )
+        try:
+            return await asyncio.gather(*(_text(one) for one in engine.submit(groups)))
+        finally:
+            engine.close()
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -229,19 +299,40 @@ def main() -> None:
         bench = Bench(arguments.data, arguments.work, seed)
         for name in bench.methods():
             if str(seed) not in journal.get(name, {}):
-                journal.setdefault(name, {})[str(seed)] = bench.losses(name)
+                journal.setdefault(name, {})[str(seed)] = bench.measure(name)
                 arguments.journal.write_text(json.dumps(journal, indent=1) + "\n")
                 print(f"seed {seed}: {name}: {journal[name][str(seed)]}", flush=True)
     _print(journal)
 
 
 def _print(journal: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    print(f"| method | mean | {' | '.join(DOMAINS)} |\n|---|---|{'---|' * len(DOMAINS)}")
+    shares = [f"exact {domain}" for domain in SHORT_ANSWERS] + ["gsm8k"]
+    columns = ["mean loss", *DOMAINS, *shares]
+    print(f"| method | seeds | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     for name, seeds in journal.items():
-        means = [statistics.mean(losses.values()) for losses in seeds.values()]
+        means = [statistics.mean(values[d] for d in DOMAINS) for values in seeds.values()]
         cells = [_cell(means)]
-        cells += [_cell([losses[domain] for losses in seeds.values()]) for domain in DOMAINS]
-        print(f"| {name} | {' | '.join(cells)} |")
+        cells += [_cell([values[c] for values in seeds.values()]) for c in columns[1:]]
+        print(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
+
+
+async def _text(completion: Completion) -> str:
+    return "".join([chunk.text async for chunk in completion])
+
+
+def _question(text: str) -> ChatRow:
+    """A row whose answer is not looked at."""
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "-"}]
+    return ChatRow.model_validate({"messages": turns})
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _last_number(text: str) -> str:
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "").removesuffix(".00") if numbers else ""
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -15,15 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polymath.router import SentenceEncoder, calibrated, export_encoder, halves, locate_encoder
+from polymath.router import (
+    RouterHead,
+    SentenceEncoder,
+    calibrated,
+    export_encoder,
+    halves,
+    locate_encoder,
+)
 from polymath.training import (
     EncoderFinetuner,
     FinetuneRecipe,
     LabelledPrompts,
-    LinearHead,
     PromptRow,
     SourceFold,
+    add_centres,
     encode_prompts,
+    find_centres,
     fit_head,
     read_prompts,
     source_folds,
@@ -38,6 +46,7 @@ HARD_FOLDS = ("clinc150", "mmlu", "self-instruct")
 PROMPTS = 5_000
 REGULARISATION = 1.0
 PROBED = 4_000
+CENTRED = 8_000
 NEIGHBOURS = 20
 SHARPNESS = 20.0
 CALIBRATION = 256
@@ -92,6 +101,7 @@ class _Bench:
             "data sets alone, no balancing": (alone, self._unbalanced),
             "with our own prompts": (everything, self._head),
             "with our own prompts, no balancing": (everything, self._unbalanced),
+            "with our own prompts and centres": (everything, self._centred),
             "with our own prompts, half the score from 20 nearest neighbours": (
                 everything,
                 self._mixed,
@@ -124,10 +134,11 @@ class _Bench:
             **{name: (everything, plain.model_copy(update=c)) for name, c in changes.items()},
         }
         chosen = [fold for fold in self._folds if fold.name in folds]
-        print(f"\n| fine-tuned, {prompts} prompts | {' | '.join(fold.name for fold in chosen)} |")
-        print(f"|---|{'---|' * len(chosen)}")
+        columns = [f"{fold.name}, {kind}" for fold in chosen for kind in ("linear", "centres")]
+        print(f"\n| fine-tuned, {prompts} prompts | {' | '.join(columns)} |")
+        print(f"|---|{'---|' * len(columns)}")
         for name, (usable, recipe) in conditions.items():
-            values = [self._finetuned(fold, usable, recipe) for fold in chosen]
+            values = [v for fold in chosen for v in self._finetuned(fold, usable, recipe)]
             print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
 
     def _fold(self, fold: SourceFold, usable: NDArray[np.int64], scorer: Any) -> float:
@@ -149,6 +160,10 @@ class _Bench:
     def _unbalanced(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
         return self._head(vectors, replace(data, weights=np.ones(len(data.rows))))
 
+    def _centred(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
+        head = fit_head(vectors, data.targets, data.weights, REGULARISATION)
+        return add_centres(head, *find_centres(vectors, data.targets, seed=0)).logits
+
     def _mixed(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
         head = fit_head(vectors, data.targets, data.weights, REGULARISATION)
 
@@ -158,7 +173,7 @@ class _Bench:
         return scores
 
     def _described(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
-        head: LinearHead = fit_head(vectors, data.targets, data.weights, REGULARISATION)
+        head: RouterHead = fit_head(vectors, data.targets, data.weights, REGULARISATION)
         prior, _ = halves(self._encoder.encode([DESCRIPTIONS[label] for label in data.labels]))
 
         def scores(queries: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -168,7 +183,7 @@ class _Bench:
 
         return scores
 
-    def _start(self, data: LabelledPrompts, vectors: NDArray[np.float32]) -> LinearHead:
+    def _start(self, data: LabelledPrompts, vectors: NDArray[np.float32]) -> RouterHead:
         """Where the head starts, as in the training itself."""
         some = np.random.default_rng(0).choice(
             len(vectors), min(PROBED, len(vectors)), replace=False
@@ -178,7 +193,8 @@ class _Bench:
 
     def _finetuned(
         self, fold: SourceFold, usable: NDArray[np.int64], recipe: FinetuneRecipe
-    ) -> float:
+    ) -> list[float]:
+        """Accuracy of the linear head, and with centres beside it."""
         kept = np.intersect1d(usable, fold.kept(len(self._rows)))
         data = LabelledPrompts.of([self._rows[index] for index in kept])
         start = self._start(data, self._vectors[kept])
@@ -189,7 +205,11 @@ class _Bench:
         encoder = SentenceEncoder(self._work / "int8", threads=2)
         held_out = [self._rows[index] for index in fold.held_out]
         vectors, _ = halves(encode_prompts(encoder, held_out))
-        return self._accuracy(tuner.head().logits(vectors), data, fold)
+        head = tuner.head()
+        some = np.random.default_rng(0).choice(len(kept), min(CENTRED, len(kept)), replace=False)
+        known, _ = halves(encode_prompts(encoder, [data.rows[index] for index in some]))
+        centred = add_centres(head, *find_centres(known, data.targets[some], seed=0))
+        return [self._accuracy(one.logits(vectors), data, fold) for one in (head, centred)]
 
 
 def _neighbour_votes(

@@ -32,6 +32,7 @@ from polymath.router.encoder import (
 from polymath.router.encoder_export import encoder_length, export_encoder, locate_encoder
 from polymath.router.encoder_router import EncoderRouter
 from polymath.router.gradient_router import ClusterPolicy, GradientRouter, cluster_weights
+from polymath.router.head import RouterHead
 from polymath.router.hybrid_router import HybridRouter
 from polymath.router.micro_batch import Encoder
 from polymath.router.policy import Policy
@@ -64,6 +65,7 @@ __all__ = [
     "Router",
     "RouterArtifact",
     "RouterCard",
+    "RouterHead",
     "RouterSettings",
     "Rule",
     "RuledRouter",

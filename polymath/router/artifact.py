@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from polymath.errors import RouterArtifactError
 from polymath.router.encoder import MAX_TOKENS, MODEL_FILE, TOKENIZER_FILE
+from polymath.router.head import RouterHead
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,9 @@ FORMAT = 3
 CARD_FILE = "router.json"
 HEAD_FILE = "head.safetensors"
 REFERENCES_FILE = "references.jsonl"
+
+LARGEST_CODE = 127
+LEAST_SCALE = 1e-6
 
 
 class RouterCard(BaseModel):
@@ -85,7 +89,9 @@ class RouterArtifact:
 
     Attributes:
         weight: [labels, dimensions], with one more row for "none of them" if the card has an
-            `out_of_scope` probability; bias: of the same rows. They give logits.
+            `out_of_scope` probability; bias: of the same rows.
+        centres: [centres, dimensions], unit length; owners: the row of each. With weight and bias
+            they give logits (`RouterHead`); there may be none.
         vectors: [references, dimensions], the inner unit vectors of the `references`.
     """
 
@@ -93,7 +99,9 @@ class RouterArtifact:
     weight: NDArray[np.float32]
     bias: NDArray[np.float32]
     vectors: NDArray[np.float32]
-    references: tuple[Reference, ...] = field(default=())
+    references: tuple[Reference, ...] = ()
+    centres: NDArray[np.float32] | None = None
+    owners: NDArray[np.int64] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> RouterArtifact:
@@ -121,6 +129,7 @@ class RouterArtifact:
                 floats(tensors, "bias"),
                 floats(tensors, "vectors"),
                 references,
+                *_centres(tensors),
             )
         except ValidationError as error:
             first = error.errors()[0]
@@ -145,6 +154,14 @@ class RouterArtifact:
             "bias": self.bias.astype(np.float32),
             "vectors": self.vectors.astype(np.float16),
         }
+        if self.centres is not None and self.owners is not None:
+            scales = np.maximum(np.abs(self.centres).max(axis=1), LEAST_SCALE) / LARGEST_CODE
+            codes = np.rint(self.centres / scales[:, None]).astype(np.int8)
+            tensors |= {
+                "centres": codes,
+                "centres.scale": scales.astype(np.float32),
+                "owners": self.owners.astype(np.int32),
+            }
         # safetensors writes the memory as it lies, whatever the strides say
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(contiguous, folder / HEAD_FILE)
@@ -157,6 +174,13 @@ class RouterArtifact:
     def dimensions(self) -> int:
         """Length of the half of the encoder's vectors that the head reads."""
         return int(self.weight.shape[1])
+
+    @property
+    def head(self) -> RouterHead:
+        """What gives logits of the vectors' first half."""
+        if self.centres is None or self.owners is None:
+            return RouterHead(self.weight, self.bias)
+        return RouterHead.centred(self.weight, self.bias, self.centres, self.owners)
 
     def _check_shapes(self, folder: Path) -> None:
         labels = len(self.card.labels)
@@ -174,14 +198,38 @@ class RouterArtifact:
                 f"and {len(self.references)} references"
             )
 
+        if self.centres is not None and self.owners is not None:
+            fits = self.centres.shape == (len(self.owners), self.dimensions) and len(self.owners)
+            if not fits or self.owners.min() < 0 or self.owners.max() >= rows:
+                raise RouterArtifactError(
+                    f"{folder}: {HEAD_FILE} does not fit {CARD_FILE}: centres "
+                    f"{list(self.centres.shape)} of {len(self.owners)} owners, {rows} rows"
+                )
+
     def _check_finite(self, folder: Path) -> None:
         import numpy as np
 
-        for name in ("weight", "bias", "vectors"):
-            if not np.isfinite(getattr(self, name)).all():
+        for name in ("weight", "bias", "vectors", "centres"):
+            values = getattr(self, name)
+            if values is not None and not np.isfinite(values).all():
                 raise RouterArtifactError(
                     f"{folder / HEAD_FILE}: {name} holds NaN or infinity; train the router again"
                 )
+
+
+def _centres(
+    tensors: Mapping[str, Any],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]] | tuple[()]:
+    """The centres and their owners, if there are any; they are kept in int8."""
+    import numpy as np
+
+    if "centres" not in tensors:
+        return ()
+    scales = floats(tensors, "centres.scale")
+    owners = np.asarray(tensors["owners"])
+    if owners.dtype.kind not in "iu" or owners.ndim != 1:
+        raise TypeError("owners are no row of integers")
+    return floats(tensors, "centres") * scales[:, None], owners.astype(np.int64)
 
 
 def floats(tensors: Mapping[str, Any], name: str) -> NDArray[np.float32]:

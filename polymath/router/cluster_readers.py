@@ -55,12 +55,12 @@ def distilled_reader(folder: Path, threads: int, labels: Sequence[str]) -> Clust
         raise RouterArtifactError(f"{folder}: was not distilled from these clusters")
     if width != artifact.dimensions:
         raise RouterArtifactError(f"{folder}: head of {artifact.dimensions}, encoder of {width}")
-    encoder = MicroBatcher(sentence_encoder)
+    encoder, head = MicroBatcher(sentence_encoder), artifact.head
 
     def read(messages: Sequence[Message]) -> Floats:
         (vector,) = encoder.vectors(user_turns(messages, 1))
-        logits = artifact.weight @ halves(vector)[0] + artifact.bias
-        weights: Floats = calibrated(logits[None], artifact.card.temperature)[0]
+        logits = head.logits(halves(vector)[0])
+        weights: Floats = calibrated(logits, artifact.card.temperature)
         return weights
 
     return read

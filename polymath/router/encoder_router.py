@@ -65,6 +65,7 @@ class EncoderRouter:
                 f"but the encoder gives {found}; train the router again"
             )
         self._artifact = artifact
+        self._head = artifact.head
         self._encoder = MicroBatcher(encoder)
         self._policy = policy
         self._sticky = sticky
@@ -112,8 +113,7 @@ class EncoderRouter:
         """Probabilities of the trained domains, and beside them of those known by examples."""
         card = self._artifact.card
         read, likeness = halves(vector)
-        logits = self._artifact.weight @ read + self._artifact.bias
-        values: list[float] = calibrated(logits, card.temperature).tolist()
+        values: list[float] = calibrated(self._head.logits(read), card.temperature).tolist()
         outside = values[len(card.labels)] if len(values) > len(card.labels) else 0.0
         inside = max(1 - outside, TINY)
         odds = self._prototypes.odds(likeness) if self._prototypes else {}

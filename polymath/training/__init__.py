@@ -20,7 +20,7 @@ from polymath.training.ensemble_loss import AdapterEnsemble
 from polymath.training.examples import encode_chat, padding_id
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.labelled import LabelledPrompts
-from polymath.training.linear_head import LinearHead, fit_head
+from polymath.training.linear_head import add_centres, find_centres, fit_head
 from polymath.training.lora import LoraTrainer
 from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -38,6 +38,8 @@ from polymath.training.router_training import RouterRecipe, train_router
 from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "add_centres",
+    "find_centres",
     "AdapterEnsemble",
     "ClusterRecipe",
     "ClusterTraining",
@@ -50,7 +52,6 @@ __all__ = [
     "source_folds",
     "fit_head",
     "SourceFold",
-    "LinearHead",
     "LabelledPrompts",
     "EncoderFinetuner",
     "OUT_OF_SCOPE",

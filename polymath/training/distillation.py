@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from polymath.router import (
     RouterArtifact,
     RouterCard,
+    RouterHead,
     SentenceEncoder,
     encoder_length,
     export_encoder,
@@ -18,7 +19,7 @@ from polymath.router import (
     locate_encoder,
 )
 from polymath.training.data import PromptRow, fingerprint
-from polymath.training.linear_head import LinearHead, fit_head
+from polymath.training.linear_head import fit_head
 from polymath.training.prompt_vectors import encode_prompts
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _out_of_fold(vectors: NDArray[np.float32], weights: Floats, seed: int) -> Ag
     return Agreement(top, float(np.abs(guessed - weights).sum(axis=1).mean() / 2))
 
 
-def _fit(vectors: NDArray[np.float32], weights: Floats) -> LinearHead:
+def _fit(vectors: NDArray[np.float32], weights: Floats) -> RouterHead:
     """Logistic regression on soft targets: each prompt once for each cluster, by its weight."""
     import numpy as np
 

@@ -20,10 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.errors import DataError
 from polymath.experts import quiet_loading
-from polymath.router import TOKENIZER_FILE, open_tokenizer, token_ids
+from polymath.router import TOKENIZER_FILE, RouterHead, open_tokenizer, token_ids
 from polymath.training.data import fingerprint
 from polymath.training.labelled import LabelledPrompts
-from polymath.training.linear_head import LinearHead
 from polymath.training.prompt_styles import restyle
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class EncoderFinetuner:
         self,
         source: Path,
         data: LabelledPrompts,
-        head: LinearHead,
+        head: RouterHead,
         recipe: FinetuneRecipe,
         checkpoint: Path,
     ) -> None:
@@ -127,9 +126,9 @@ class EncoderFinetuner:
                 saved = time.monotonic()
         self._bert.eval()
 
-    def head(self) -> LinearHead:
+    def head(self) -> RouterHead:
         """The head as it is now."""
-        return LinearHead(
+        return RouterHead(
             self._head.weight.detach().numpy().copy(), self._head.bias.detach().numpy().copy()
         )
 

@@ -1,32 +1,23 @@
-"""The head of a router: logistic regression on unit vectors, and its calibration."""
+"""The head of a router: logistic regression on unit vectors, centres beside it, calibration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polymath.router import calibrated
+from polymath.router import RouterHead, calibrated
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LinearHead", "fit_head", "fit_temperature", "out_of_fold_logits"]
+__all__ = ["add_centres", "find_centres", "fit_head", "fit_temperature", "out_of_fold_logits"]
 
 FOLDS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class LinearHead:
-    """Logits are `weight @ vector + bias`; weight is [labels, dimensions], bias [labels]."""
-
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32]
-
-    def logits(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[rows, labels]"""
-        result: NDArray[np.float32] = vectors @ self.weight.T + self.bias
-        return result
+CENTRES = 128
+"""Of a class at most."""
+SAME_VECTOR_DIGITS = 4
+BATCH = 2048
+LEAST_NORM = 1e-12
 
 
 def fit_head(
@@ -34,7 +25,7 @@ def fit_head(
     targets: NDArray[np.int64],
     weights: NDArray[np.float64],
     inverse_regularisation: float,
-) -> LinearHead:
+) -> RouterHead:
     """Multinomial logistic regression.
 
     Args:
@@ -48,7 +39,35 @@ def fit_head(
     weight, bias = head.coef_, head.intercept_
     if len(weight) == 1:  # two classes come as one row from scikit-learn
         weight, bias = np.vstack([-weight, weight]) / 2, np.hstack([-bias, bias]) / 2
-    return LinearHead(weight.astype(np.float32), bias.astype(np.float32))
+    return RouterHead(weight.astype(np.float32), bias.astype(np.float32))
+
+
+def find_centres(
+    vectors: NDArray[np.float32], targets: NDArray[np.int64], seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Centres of each class' prompts by K-means, [centres, dimensions], and whose they are."""
+    import numpy as np
+    from sklearn.cluster import MiniBatchKMeans
+
+    centres, owners = [], []
+    for target in range(int(targets.max()) + 1):
+        members = vectors[targets == target]
+        distinct = len(np.unique(members.round(SAME_VECTOR_DIGITS), axis=0))
+        means = MiniBatchKMeans(
+            min(CENTRES, distinct), n_init=1, batch_size=BATCH, random_state=seed
+        ).fit(members)
+        centres.append(means.cluster_centers_)
+        owners += [target] * len(means.cluster_centers_)
+    found = np.concatenate(centres).astype(np.float32)
+    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), LEAST_NORM)
+    return found, np.array(owners, dtype=np.int64)
+
+
+def add_centres(
+    head: RouterHead, centres: NDArray[np.float32], owners: NDArray[np.int64]
+) -> RouterHead:
+    """The head with centres beside it."""
+    return RouterHead.centred(head.weight, head.bias, centres, owners)
 
 
 def out_of_fold_logits(
@@ -56,6 +75,7 @@ def out_of_fold_logits(
     targets: NDArray[np.int64],
     weights: NDArray[np.float64],
     inverse_regularisation: float,
+    centred: bool,
     seed: int,
 ) -> NDArray[np.float32]:
     """Logits of every row from a head that has not seen it, [rows, labels]."""
@@ -67,6 +87,8 @@ def out_of_fold_logits(
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     for train, test in splitter.split(vectors, targets):
         head = fit_head(vectors[train], targets[train], weights[train], inverse_regularisation)
+        if centred:
+            head = add_centres(head, *find_centres(vectors[train], targets[train], seed))
         logits[test] = head.logits(vectors[test])
     return logits
 

@@ -21,6 +21,7 @@ from polymath.router import (
     CARD_FILE,
     RouterArtifact,
     RouterCard,
+    RouterHead,
     SentenceEncoder,
     calibrated,
     encoder_length,
@@ -32,7 +33,8 @@ from polymath.training.data import PromptRow, fingerprint
 from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import (
-    LinearHead,
+    add_centres,
+    find_centres,
     fit_head,
     fit_temperature,
     out_of_fold_logits,
@@ -42,6 +44,7 @@ from polymath.training.prompt_vectors import encode_prompts
 from polymath.training.reference_prompts import choose_references
 from polymath.training.router_validation import (
     FoldJournal,
+    HeadChoice,
     domain_accuracy,
     mean_score,
     some_rows,
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Vectors = NDArray[np.float32]
+    Centres = tuple[Vectors, NDArray[np.int64]]
 
 __all__ = ["RouterRecipe", "train_router"]
 
@@ -62,6 +66,8 @@ CALIBRATION_TEXTS = 256
 """Prompts on which the ranges of int8 activations are found."""
 PROBED_ROWS = 4000
 """Prompts on which the head starts before fine-tuning."""
+CENTRED_ROWS = 8000
+"""Prompts among which the centres are found where a source is left out."""
 HELD_OUT_SHARE = 0.08
 """Prompts kept from fine-tuning, on which confidence is calibrated."""
 MOST_HELD_OUT = 0.5
@@ -135,7 +141,7 @@ class _Training:
         self._open_work_folder()
         encoding = partial(self._progress, "encoding prompts")
         vectors, _ = halves(encode_prompts(self._frozen(), self._data.rows, encoding))
-        regularisation, frozen_scores = validated_head(
+        choice, frozen_scores = validated_head(
             self._data,
             vectors,
             self._folds,
@@ -145,12 +151,14 @@ class _Training:
         )
         scores, finetuned = frozen_scores, False
         if self._recipe.finetune is not None:
-            tuned_scores = self._validated_finetuning(vectors, regularisation)
+            tuned_scores = self._validated_finetuning(vectors, choice)
             finetuned = not tuned_scores or mean_score(tuned_scores) >= mean_score(frozen_scores)
             scores = tuned_scores if finetuned else frozen_scores
         train = self._finetuned if finetuned else self._with_head
-        head, held_out, targets = train(vectors, regularisation)
-        artifact = self._artifact(head, held_out, targets, scores, finetuned, licence, withheld)
+        head, centres, held_out, targets = train(vectors, choice)
+        artifact = self._artifact(
+            head, centres, held_out, targets, scores, finetuned, licence, withheld
+        )
         artifact.save(self._out)
         shutil.rmtree(self._work, ignore_errors=True)
         return artifact
@@ -197,15 +205,20 @@ class _Training:
         self._progress("encoder: export to int8", 1, 1)
 
     def _with_head(
-        self, vectors: Vectors, value: float
-    ) -> tuple[LinearHead, Vectors, NDArray[np.int64]]:
+        self, vectors: Vectors, choice: HeadChoice
+    ) -> tuple[RouterHead, Centres | None, Vectors, NDArray[np.int64]]:
         """A head on the frozen encoder, with out-of-fold logits and targets of all rows."""
         data, seed = self._data, self._recipe.seed
-        logits = out_of_fold_logits(vectors, data.targets, data.weights, value, seed)
+        value = choice.inverse_regularisation
+        logits = out_of_fold_logits(
+            vectors, data.targets, data.weights, value, choice.centred, seed
+        )
         self._install(self._work / "frozen")
-        return fit_head(vectors, data.targets, data.weights, value), logits, data.targets
+        head = fit_head(vectors, data.targets, data.weights, value)
+        centres = find_centres(vectors, data.targets, seed) if choice.centred else None
+        return head, centres, logits, data.targets
 
-    def _validated_finetuning(self, vectors: Vectors, value: float) -> dict[str, float]:
+    def _validated_finetuning(self, vectors: Vectors, choice: HeadChoice) -> dict[str, float]:
         """Accuracy on each source when it is left out of a shorter fine-tuning."""
         assert self._recipe.finetune is not None
         if not self._recipe.fold_prompts:
@@ -219,7 +232,12 @@ class _Training:
             if fold.name in journal.scores:
                 continue
             stage = f"fine-tuning without {fold.name}"
-            tuned, head = self._finetune(fold.kept(len(rows)), vectors, value, recipe, stage)
+            kept = fold.kept(len(rows))
+            tuned, head = self._finetune(kept, vectors, choice, recipe, stage)
+            if choice.centred:
+                some = some_rows(self._data, kept, CENTRED_ROWS, recipe.seed)
+                centres = self._centres(tuned, some, f"centres without {fold.name}")
+                head = add_centres(head, *centres)
             held_out = [rows[index] for index in fold.held_out]
             measuring = partial(self._progress, f"measuring on {fold.name}")
             logits = head.logits(halves(encode_prompts(tuned, held_out, measuring))[0])
@@ -232,16 +250,17 @@ class _Training:
         self,
         kept: NDArray[np.int64],
         vectors: Vectors,
-        value: float,
+        choice: HeadChoice,
         recipe: FinetuneRecipe,
         stage: str,
-    ) -> tuple[SentenceEncoder, LinearHead]:
+    ) -> tuple[SentenceEncoder, RouterHead]:
         """An encoder fine-tuned on some of the rows, in int8, and its head."""
         import torch
 
         torch.set_num_threads(self._recipe.threads)
         probed = some_rows(self._data, kept, PROBED_ROWS, recipe.seed)
         start = self._data.take(probed)
+        value = choice.inverse_regularisation
         head = fit_head(vectors[probed], start.targets, start.weights, value)
         tuner = EncoderFinetuner(
             self._folder, self._data.take(kept), head, recipe, self._checkpoint
@@ -251,9 +270,15 @@ class _Training:
         self._export(self._work / "tuned", self._work / "tuned-int8")
         return self._open(self._work / "tuned-int8"), tuner.head()
 
+    def _centres(self, encoder: SentenceEncoder, some: NDArray[np.int64], stage: str) -> Centres:
+        """Of some of the rows."""
+        rows = [self._data.rows[index] for index in some]
+        vectors, _ = halves(encode_prompts(encoder, rows, partial(self._progress, stage)))
+        return find_centres(vectors, self._data.targets[some], self._recipe.seed)
+
     def _finetuned(
-        self, vectors: Vectors, value: float
-    ) -> tuple[LinearHead, Vectors, NDArray[np.int64]]:
+        self, vectors: Vectors, choice: HeadChoice
+    ) -> tuple[RouterHead, Centres | None, Vectors, NDArray[np.int64]]:
         """The encoder fine-tuned on all but a few rows, with logits and targets of those."""
         import numpy as np
         from sklearn.model_selection import train_test_split
@@ -267,17 +292,23 @@ class _Training:
             random_state=self._recipe.seed,
         )
         tuned, head = self._finetune(
-            kept, vectors, value, self._recipe.finetune, "fine-tuning on all sources"
+            kept, vectors, choice, self._recipe.finetune, "fine-tuning on all sources"
         )
         self._install(self._work / "tuned-int8")
         rows = [self._data.rows[index] for index in held_out]
         measuring = partial(self._progress, "measuring on held-out prompts")
         encoded, _ = halves(encode_prompts(tuned, rows, measuring))
-        return head, head.logits(encoded), self._data.targets[held_out]
+        centres = None
+        whole = head
+        if choice.centred:
+            centres = self._centres(tuned, kept, "centres of all sources")
+            whole = add_centres(head, *centres)
+        return head, centres, whole.logits(encoded), self._data.targets[held_out]
 
     def _artifact(
         self,
-        head: LinearHead,
+        head: RouterHead,
+        centres: Centres | None,
         held_out: Vectors,
         targets: NDArray[np.int64],
         scores: dict[str, float],
@@ -316,6 +347,8 @@ class _Training:
             bias=head.bias,
             vectors=vectors,
             references=references,
+            centres=centres and centres[0],
+            owners=centres and centres[1],
         )
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath.training.labelled import LabelledPrompts
-from polymath.training.linear_head import fit_head, out_of_fold_logits
+from polymath.training.linear_head import (
+    add_centres,
+    find_centres,
+    fit_head,
+    out_of_fold_logits,
+)
 from polymath.training.metrics import accuracy
 from polymath.training.source_folds import SourceFold
 
@@ -18,7 +25,17 @@ if TYPE_CHECKING:
 
     Vectors = NDArray[np.float32]
 
-__all__ = ["FoldJournal", "domain_accuracy", "mean_score", "some_rows", "validated_head"]
+__all__ = [
+    "FoldJournal",
+    "HeadChoice",
+    "domain_accuracy",
+    "mean_score",
+    "some_rows",
+    "validated_head",
+]
+
+LEAST_GAIN = 0.01
+"""Mean accuracy that centres must win, or the linear part stands alone."""
 
 HEAD_ROWS = 6000
 """A head that is only to be validated is fitted on at most so many prompts."""
@@ -48,6 +65,18 @@ class FoldJournal:
         partial.replace(self._file)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadChoice:
+    """How a head is fitted.
+
+    Attributes:
+        centred: whether centres stand beside the linear part.
+    """
+
+    inverse_regularisation: float
+    centred: bool
+
+
 def validated_head(
     data: LabelledPrompts,
     vectors: Vectors,
@@ -55,20 +84,27 @@ def validated_head(
     candidates: Sequence[float],
     seed: int,
     advance: Callable[[int, int], Any] = lambda done, total: None,
-) -> tuple[float, dict[str, float]]:
-    """The inverse regularisation of the best head, and its accuracy on each source left out.
+) -> tuple[HeadChoice, dict[str, float]]:
+    """The best of some inverse regularisations, with or without centres, and its accuracies.
 
-    Without folds the candidates are compared out of fold, and no source is scored.
+    Returns:
+        The choice, and its accuracy on each source when it is left out. Without folds there are no
+        centres, whose worth shows on other sources alone, and the rest is compared out of fold.
     """
+    choices = [HeadChoice(value, centred) for value in candidates for centred in (False, True)]
     if not folds:
-        return _best_out_of_fold(data, vectors, candidates, seed), {}
-    scores: dict[float, dict[str, float]] = {}
-    for done, value in enumerate(candidates):
-        scores[value] = {
-            fold.name: _fold_accuracy(data, vectors, fold, value, seed) for fold in folds
-        }
-        advance(done + 1, len(candidates))
-    best = max(candidates, key=lambda value: mean_score(scores[value]))
+        plain = [choice for choice in choices if not choice.centred]
+        return max(plain, key=partial(_out_of_fold_accuracy, data, vectors, seed)), {}
+    scores: dict[HeadChoice, dict[str, float]] = {choice: {} for choice in choices}
+    for done, fold in enumerate(folds):
+        for choice, score in _fold_accuracies(data, vectors, fold, choices, seed).items():
+            scores[choice][fold.name] = score
+        advance(done + 1, len(folds))
+
+    def worth(choice: HeadChoice) -> float:
+        return mean_score(scores[choice]) - LEAST_GAIN * choice.centred
+
+    best = max(choices, key=worth)
     return best, scores[best]
 
 
@@ -96,21 +132,37 @@ def some_rows(
     return np.concatenate([some, kept[missing]])
 
 
-def _best_out_of_fold(
-    data: LabelledPrompts, vectors: Vectors, candidates: Sequence[float], seed: int
+def _out_of_fold_accuracy(
+    data: LabelledPrompts, vectors: Vectors, seed: int, choice: HeadChoice
 ) -> float:
-    def score(value: float) -> float:
-        logits = out_of_fold_logits(vectors, data.targets, data.weights, value, seed)
-        return domain_accuracy(logits, data.targets, len(data.labels))
+    logits = out_of_fold_logits(
+        vectors,
+        data.targets,
+        data.weights,
+        choice.inverse_regularisation,
+        choice.centred,
+        seed,
+    )
+    return domain_accuracy(logits, data.targets, len(data.labels))
 
-    return max(candidates, key=score)
 
-
-def _fold_accuracy(
-    data: LabelledPrompts, vectors: Vectors, fold: SourceFold, value: float, seed: int
-) -> float:
+def _fold_accuracies(
+    data: LabelledPrompts,
+    vectors: Vectors,
+    fold: SourceFold,
+    choices: Sequence[HeadChoice],
+    seed: int,
+) -> dict[HeadChoice, float]:
+    """Accuracy of each choice on what the fold leaves out."""
     kept = some_rows(data, fold.kept(len(data.rows)), HEAD_ROWS, seed)
     train = data.take(kept)
-    head = fit_head(vectors[kept], train.targets, train.weights, value)
     held_out = list(fold.held_out)
-    return domain_accuracy(head.logits(vectors[held_out]), data.targets[held_out], len(data.labels))
+    targets, labels = data.targets[held_out], len(data.labels)
+    centres = find_centres(vectors[kept], train.targets, seed)
+    fit = cache(partial(fit_head, vectors[kept], train.targets, train.weights))
+    accuracies = {}
+    for choice in choices:
+        head = fit(choice.inverse_regularisation)
+        head = add_centres(head, *centres) if choice.centred else head
+        accuracies[choice] = domain_accuracy(head.logits(vectors[held_out]), targets, labels)
+    return accuracies

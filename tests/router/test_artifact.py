@@ -63,6 +63,15 @@ def example(layout: str = "C order", out_of_scope: float | None = None) -> Route
     )
 
 
+def with_centres(**changes: Any) -> RouterArtifact:
+    """Two centres of each label."""
+    plain = example()
+    centres = np.random.default_rng(1).normal(size=(6, DIMENSIONS)).astype(np.float32)
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    given: dict[str, Any] = {"centres": centres, "owners": np.repeat(np.arange(3), 2)} | changes
+    return replace(plain, **given)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A router folder with nothing wrong with it, but for an encoder that nobody opens here."""
@@ -381,3 +390,54 @@ def test_numbers_of_a_type_that_numpy_lacks_are_refused(tmp_path: Path) -> None:
     save_torch(head, tmp_path / "head.safetensors")
     with pytest.raises(RouterArtifactError, match="corrupt router folder"):
         RouterArtifact.load(tmp_path)
+
+
+def test_centres_are_kept_in_int8(tmp_path: Path) -> None:
+    artifact = with_centres()
+    loaded = RouterArtifact.load(write(artifact, tmp_path / "router"))
+    assert artifact.centres is not None
+    assert loaded.centres is not None
+    assert artifact.owners is not None
+    assert loaded.owners is not None
+    largest = np.abs(artifact.centres).max()
+    np.testing.assert_allclose(loaded.centres, artifact.centres, atol=largest / 254 * 1.01)
+    np.testing.assert_array_equal(loaded.owners, artifact.owners)
+    vectors = artifact.vectors
+    np.testing.assert_allclose(loaded.head.logits(vectors), artifact.head.logits(vectors), atol=0.5)
+
+
+def test_a_folder_without_centres_has_a_linear_head(folder: Path) -> None:
+    loaded = RouterArtifact.load(folder)
+    assert loaded.centres is None
+    assert loaded.owners is None
+    assert loaded.head.centres is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"owners": np.array([0, 1, 2])},
+        {"owners": np.array([0, 0, 1, 1, 2, 3])},
+        {"owners": np.array([0, 0, 1, 1, 2, -1])},
+        {"centres": np.ones((6, DIMENSIONS + 1), dtype=np.float32)},
+        {
+            "centres": np.empty((0, DIMENSIONS), dtype=np.float32),
+            "owners": np.empty(0, dtype=np.int64),
+        },
+    ],
+    ids=["too few", "no such label", "negative", "too wide", "none"],
+)
+def test_centres_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = write(with_centres(**changes), tmp_path / "router")
+    with pytest.raises(RouterArtifactError, match=str(folder)):
+        RouterArtifact.load(folder)
+
+
+@pytest.mark.parametrize("name", ["centres.scale", "owners"])
+def test_half_the_centres_is_corrupt(tmp_path: Path, name: str) -> None:
+    folder = write(with_centres(), tmp_path / "router")
+    tensors = load_file(folder / "head.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "head.safetensors")
+    with pytest.raises(RouterArtifactError, match=f"{folder}: corrupt"):
+        RouterArtifact.load(folder)

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from polymath.errors import DataError
+from polymath.router import RouterHead
 from polymath.training import FinetuneRecipe, encoder_finetuning
 from polymath.training.encoder_finetuning import EncoderFinetuner, unit_vectors
 from polymath.training.labelled import LabelledPrompts
-from polymath.training.linear_head import LinearHead
 from tests.training.conftest import DOMAINS, Killed, prompts
 
 RECIPE = FinetuneRecipe(prompts=200, batch_size=8, learning_rate=3e-3, frozen_layers=0)
 STEPS = 25
 DATA = LabelledPrompts.of(prompts(20, *DOMAINS))
-UNTRAINED = LinearHead(np.zeros((3, 32), np.float32), np.zeros(3, np.float32))
+UNTRAINED = RouterHead(np.zeros((3, 32), np.float32), np.zeros(3, np.float32))
 TOLERANCE = 1e-6
 
 Weights = dict[str, torch.Tensor]
@@ -145,7 +145,7 @@ def test_a_rate_near_zero_changes_next_to_nothing(tiny_bert: Path, tmp_path: Pat
 
 
 def test_the_head_starts_where_it_is_told(tiny_bert: Path, tmp_path: Path) -> None:
-    start = LinearHead(np.random.default_rng(0).random((3, 32), np.float32), np.ones(3, np.float32))
+    start = RouterHead(np.random.default_rng(0).random((3, 32), np.float32), np.ones(3, np.float32))
     tuner = EncoderFinetuner(tiny_bert, DATA, start, RECIPE, tmp_path / "checkpoint.pt")
     np.testing.assert_array_equal(tuner.head().weight, start.weight)
     np.testing.assert_array_equal(tuner.head().bias, start.bias)

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from polymath.router import calibrated
+from polymath.router import RouterHead, calibrated
 from polymath.training import linear_head
 from polymath.training.linear_head import (
     FOLDS,
-    LinearHead,
+    find_centres,
     fit_head,
     fit_temperature,
     out_of_fold_logits,
@@ -87,7 +87,7 @@ def test_less_regularisation_gives_larger_weights() -> None:
 
 
 def test_logits_of_a_hand_computed_example() -> None:
-    head = LinearHead(np.array([[1, 2], [0, -1]], np.float32), np.array([0.5, 1], np.float32))
+    head = RouterHead(np.array([[1, 2], [0, -1]], np.float32), np.array([0.5, 1], np.float32))
     logits = head.logits(np.array([[3, 4], [0, 0]], np.float32))
     np.testing.assert_array_equal(logits, [[11.5, -3], [0.5, 1]])
 
@@ -107,13 +107,13 @@ def test_out_of_fold_logits_come_from_heads_that_have_not_seen_the_row(
             return np.repeat(np.array(known, np.float32)[:, None], 3, axis=1)
 
     monkeypatch.setattr(linear_head, "fit_head", lambda seen, *_: Memory(seen))
-    logits = out_of_fold_logits(vectors, targets, weights, 1.0, seed=0)
+    logits = out_of_fold_logits(vectors, targets, weights, 1.0, False, seed=0)
     np.testing.assert_array_equal(logits, np.zeros((30, 3)))
 
 
 def test_out_of_fold_logits_of_every_row_are_finite_and_mostly_right() -> None:
     vectors, targets, weights = clouds(4, noise=0.3)
-    logits = out_of_fold_logits(vectors, targets, weights, 1.0, seed=0)
+    logits = out_of_fold_logits(vectors, targets, weights, 1.0, False, seed=0)
     assert logits.shape == (80, 4)
     assert np.isfinite(logits).all()
     assert (logits.argmax(1) == targets).mean() > 0.9
@@ -122,7 +122,7 @@ def test_out_of_fold_logits_of_every_row_are_finite_and_mostly_right() -> None:
 def test_random_labels_are_not_known_out_of_fold() -> None:
     vectors, targets, weights = clouds(3, count=60)
     shuffled = np.random.default_rng(0).permutation(targets)
-    logits = out_of_fold_logits(vectors, shuffled, weights, 10.0, seed=0)
+    logits = out_of_fold_logits(vectors, shuffled, weights, 10.0, False, seed=0)
     assert (logits.argmax(1) == shuffled).mean() < 0.5
 
 
@@ -134,19 +134,19 @@ def test_there_are_no_more_folds_than_rows_of_a_class(
     kept = np.concatenate([np.flatnonzero(targets < 2), np.flatnonzero(targets == 2)[:rarest]])
     fitted: list[int] = []
 
-    def counted(*values: Any) -> LinearHead:
+    def counted(*values: Any) -> RouterHead:
         fitted.append(len(values[0]))
         return fit_head(*values)
 
     monkeypatch.setattr(linear_head, "fit_head", counted)
-    out_of_fold_logits(vectors[kept], targets[kept], weights[kept], 1.0, seed=0)
+    out_of_fold_logits(vectors[kept], targets[kept], weights[kept], 1.0, False, seed=0)
     assert len(fitted) == folds
 
 
 def test_the_seed_chooses_the_folds() -> None:
     vectors, targets, weights = clouds(3, noise=0.6)
     first, again, other = (
-        out_of_fold_logits(vectors, targets, weights, 1.0, seed) for seed in (1, 1, 2)
+        out_of_fold_logits(vectors, targets, weights, 1.0, False, seed) for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -196,3 +196,26 @@ def test_any_logits_have_a_positive_and_finite_temperature(seed: int, scale: flo
     random = np.random.default_rng(seed)
     logits = (scale * random.normal(size=(12, 3))).astype(np.float32)
     assert 0 < fit_temperature(logits, random.integers(0, 3, 12)) < 404
+
+
+def test_centres_are_of_unit_length_and_of_their_class() -> None:
+    vectors, targets, _ = clouds(3, count=40, noise=0.05)
+    centres, owners = find_centres(vectors, targets, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-5)
+    nearest = targets[(centres @ vectors.T).argmax(axis=1)]
+    np.testing.assert_array_equal(nearest, owners)
+
+
+def test_there_are_no_more_centres_than_different_prompts() -> None:
+    vectors, targets, _ = clouds(2, count=5)
+    centres, owners = find_centres(
+        np.concatenate([vectors, vectors]), np.concatenate([targets, targets]), seed=0
+    )
+    assert len(centres) == 10
+    assert np.bincount(owners).tolist() == [5, 5]
+
+
+def test_centres_are_told_apart_out_of_fold_too() -> None:
+    vectors, targets, weights = clouds(4, noise=0.3)
+    logits = out_of_fold_logits(vectors, targets, weights, 1.0, True, seed=0)
+    assert (logits.argmax(1) == targets).mean() > 0.9
