@@ -58,10 +58,11 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-quality bench-profile bench-scaling bench-speed ## all benchmarks
+bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed ## all benchmarks
 
-.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-quality bench-profile bench-scaling bench-speed
+.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed
 DATA ?= ../shared/data
+WORK ?= /tmp/polymath-elrea
 
 bench-experts: $(VENV)/dev.installed ## perplexity of every expert on every domain (DATA=folder LIMIT=rows)
 	$(BIN)/polymath eval experts --data $(DATA)/experts/*.eval.jsonl $(if $(LIMIT),--limit $(LIMIT))
@@ -76,8 +77,17 @@ bench-router-speed: $(VENV)/dev.installed $(SEMANTIC)/semantic.installed ## time
 bench-router-robustness: $(VENV)/dev.installed ## typos, frames, a domain by examples, follow-ups (DATA=folder)
 	$(BIN)/python -m bench.router_robustness --data $(DATA)
 
-bench-router-ablation: $(VENV)/dev.installed ## what helps on sources left out (DATA=folder)
-	$(BIN)/python -m bench.router_ablation --data $(DATA)
+bench-router-ablation: $(VENV)/dev.installed ## what helps on sources left out (DATA=folder FOLDS="mmlu ..." fine-tunes too)
+	$(BIN)/python -m bench.router_ablation --data $(DATA) $(if $(FOLDS),--finetune --folds $(FOLDS))
+
+bench-gradients: $(VENV)/dev.installed ## time of a prompt's gradient against its prefill
+	$(BIN)/python -m bench.gradients
+
+bench-elrea: $(VENV)/dev.installed ## experts by gradient directions against six other ways (DATA=folder WORK=folder; hours)
+	$(BIN)/python -m bench.elrea --data $(DATA) --work $(WORK)
+
+bench-clusters: $(VENV)/dev.installed ## layers, scaling and algorithms of the clusters (DATA=folder WORK=that of bench-elrea)
+	$(BIN)/python -m bench.cluster_quality --data $(DATA) --work $(WORK)
 
 bench-quality: $(VENV)/dev.installed ## perplexity of the int8 path against float32 (DATA=folder LIMIT=rows)
 	$(BIN)/python -m bench.quality --data $(DATA)/experts $(if $(LIMIT),--limit $(LIMIT))

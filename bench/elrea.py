@@ -98,9 +98,9 @@ class Bench:
             for row in read_chats([data / "experts" / f"{domain}.train.jsonl"])[:TRAIN_ROWS]
         ]
         random.Random(0).shuffle(labelled)
-        self._rows = [row for row, _ in labelled]
-        self._domains = [domain for _, domain in labelled]
-        self._recipe = ClusterRecipe(
+        self.rows = [row for row, _ in labelled]
+        self.domains = [domain for _, domain in labelled]
+        self.recipe = ClusterRecipe(
             clusters=CLUSTERS,
             lora=LoraRecipe(train_tokens=TOKENS, max_length=MAX_LENGTH, learning_rate=2e-3),
             seed=seed,
@@ -166,7 +166,7 @@ class Bench:
         result = {}
         for domain in DOMAINS:
             mine = [index for index, place in enumerate(kept) if rows[place][1] == domain]
-            result[domain] = sum(losses[mine]) / sum(tokens[index] for index in mine)
+            result[domain] = float(losses[mine].sum()) / sum(tokens[index] for index in mine)
         return result
 
     async def _answers(self, adapters: dict[str, Path], weights: Weights) -> list[str]:
@@ -202,24 +202,30 @@ class Bench:
         return padding_id(self._tokenizer)
 
     @cached_property
-    def _training(self) -> ClusterTraining:
+    def training(self) -> ClusterTraining:
+        """Of the base adapter and the experts."""
         return ClusterTraining(
-            self._folder, BASE, self._rows, self._recipe, self._work / "elrea", _say
+            self._folder, BASE, self.rows, self.recipe, self._work / "elrea", _say
         )
 
     @cached_property
     def _gradients(self) -> NDArray[np.float32]:
-        return self._training.gradients(self._training.train_base())
+        return self.training.gradients(self.training.train_base())
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base adapter is."""
+        return self._work / "elrea" / "base"
 
     def _single_folder(self) -> Path:
         folder = self._work / "single"
-        self._train(folder, self._rows, TOKENS)
+        self._train(folder, self.rows, TOKENS)
         return folder
 
     def _train(self, folder: Path, rows: Sequence[ChatRow], tokens: int) -> None:
         if (folder / "adapter_model.safetensors").exists():
             return
-        recipe = self._recipe.lora.model_copy(update={"train_tokens": tokens, "seed": self._seed})
+        recipe = self.recipe.lora.model_copy(update={"train_tokens": tokens, "seed": self._seed})
         trainer = LoraTrainer(self._folder, rows, recipe, folder)
         trainer.train(lambda done, total, loss: _say(folder.name, done, total))
         trainer.save()
@@ -230,7 +236,7 @@ class Bench:
     def _labelled(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
         adapters = {domain: self._work / f"domain-{domain}" for domain in DOMAINS}
         for domain, folder in adapters.items():
-            mine = [r for r, d in zip(self._rows, self._domains, strict=True) if d == domain]
+            mine = [r for r, d in zip(self.rows, self.domains, strict=True) if d == domain]
             self._train(folder, mine, TOKENS // len(DOMAINS))
         policy = Policy({domain: domain for domain in DOMAINS}, "general")
         router = EncoderRouter(RouterArtifact.load(ROUTER), SentenceEncoder(ROUTER), policy)
@@ -238,14 +244,14 @@ class Bench:
         return adapters, [{expert: 1.0} for expert in chosen]
 
     def _random(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
-        members = np.random.default_rng(self._seed).integers(0, CLUSTERS, len(self._rows))
+        members = np.random.default_rng(self._seed).integers(0, CLUSTERS, len(self.rows))
         adapters = self._experts("random", members)
         share = 0.5 / CLUSTERS
         weights = {name: 0.5 if name == "base" else share for name in adapters}
         return adapters, [weights] * len(rows)
 
     def _embedding(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
-        known = self._embed(self._rows)
+        known = self._embed(self.rows)
         members = cluster(known, CLUSTERS, "birch", self._seed)
         adapters = self._experts("embedding", members)
         shares = cluster_weights(self._embed(rows), centroids_of(known, members))
@@ -263,14 +269,14 @@ class Bench:
 
     def _experts(self, name: str, members: NDArray[np.int64]) -> dict[str, Path]:
         _ = self._gradients  # the base adapter
-        self._training.train_experts(members, self._work / name)
+        self.training.train_experts(members, self._work / name)
         folders = {f"cluster-{c}": expert_folder(self._work / name, c) for c in range(CLUSTERS)}
-        return {"base": self._work / "elrea" / "base", **folders}
+        return {"base": self.base_folder, **folders}
 
     def _features(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
-        recipe = self._recipe
+        recipe = self.recipe
         features, tokenizer = open_features(
-            self._folder, self._work / "elrea" / "base", recipe.dimensions, recipe.seed
+            self._folder, self.base_folder, recipe.dimensions, recipe.seed
         )
         prompts = [
             encode_prompt(tokenizer, row.conversation()[:-1], recipe.max_length) for row in rows

@@ -87,6 +87,7 @@ class GradientFeatures:
         self._moments: AdamMoments | None = None
         decoder = self.model.get_decoder().layers
         first = 0 if layers is None else max(0, len(decoder) - layers)
+        _merge_adapter(decoder[:first])
         decoder[first].register_forward_pre_hook(_start_here)
         for place in range(first, len(decoder)):
             for name, module in decoder[place].named_modules():
@@ -173,6 +174,15 @@ def open_features(
         model = PeftModel.from_pretrained(base, str(adapter))
         tokenizer = AutoTokenizer.from_pretrained(model_folder)
     return GradientFeatures(model, SignProjection(dimensions, seed), layers), tokenizer
+
+
+def _merge_adapter(layers: Any) -> None:
+    """Layers that are only run forward need no factors of their own."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in layers.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
 
 
 def _start_here(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
