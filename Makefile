@@ -58,7 +58,7 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed ## all benchmarks
+bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed ## all benchmarks but those of hours
 
 .PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed
 DATA ?= ../shared/data

