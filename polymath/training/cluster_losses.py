@@ -8,15 +8,13 @@ from pathlib import Path
 
 from polymath.artifacts import Progress
 from polymath.router import BASE_FOLDER, ClusterArtifact, ClusterPolicy, cluster_weights
-from polymath.training.cluster_recipe import expert_folder
+from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
 from polymath.training.data import ChatRow
 from polymath.training.ensemble_loss import AdapterEnsemble
 from polymath.training.examples import encode_chat, padding_id
 from polymath.training.instruction_gradients import InstructionGradients
 
 __all__ = ["cluster_losses"]
-
-MAX_LENGTH = 1024
 
 
 def cluster_losses(
@@ -25,18 +23,18 @@ def cluster_losses(
     artifact: ClusterArtifact,
     gradients: InstructionGradients,
     rows: Sequence[ChatRow],
-    top_k: int,
+    recipe: ClusterRecipe,
     progress: Progress,
 ) -> dict[str, dict[str, float]]:
     """Cluster -> who answers -> loss a token (nats) on the held-out rows that are nearest to it.
 
     Args:
         out: folder of the adapters.
-        top_k: experts of an ensemble, beside the base adapter.
     """
     import numpy as np
 
-    encoded = [(row, encode_chat(gradients.tokenizer, row, MAX_LENGTH)) for row in rows]
+    longest = recipe.lora.max_length
+    encoded = [(row, encode_chat(gradients.tokenizer, row, longest)) for row in rows]
     kept = [(row, example) for row, example in encoded if example is not None]
     if not kept:
         return {}
@@ -48,7 +46,7 @@ def cluster_losses(
         for row in cluster_weights(vectors, artifact.centroids)
     ]
     nearest = [max(some, key=lambda label: some[label]) for some in shares]
-    policy = ClusterPolicy(BASE_FOLDER, {name: name for name in labels}, 1.0, top_k)
+    policy = ClusterPolicy(BASE_FOLDER, {name: name for name in labels}, 1.0, recipe.top_k)
     who: dict[str, list[Mapping[str | None, float]]] = {
         "base model": [{None: 1.0} for _ in kept],
         "base adapter": [{BASE_FOLDER: 1.0} for _ in kept],

@@ -133,7 +133,7 @@ class ClusterTraining:
             artifact,
             self._instructions,
             held_out,
-            recipe.top_k,
+            recipe,
             self._progress,
         )
         write_cluster_report(self._out, findings, losses, f"Clusters of {self._base_model}")
