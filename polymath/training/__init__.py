@@ -20,6 +20,7 @@ from polymath.training.engine_perplexity import answer_perplexity
 from polymath.training.ensemble_loss import AdapterEnsemble
 from polymath.training.examples import encode_chat, padding_id
 from polymath.training.expert_matrix import expert_matrix
+from polymath.training.instruction_gradients import InstructionGradients
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import add_centres, find_centres, fit_head
 from polymath.training.lora import LoraTrainer
@@ -39,6 +40,7 @@ from polymath.training.router_training import RouterRecipe, train_router
 from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "InstructionGradients",
     "add_centres",
     "find_centres",
     "AdapterEnsemble",
