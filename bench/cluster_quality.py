@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.elrea import BASE, DOMAINS, Bench
-from polymath.experts import AdamMoments, Prompt, encode_prompt, open_features, prepare_base_model
+from polymath.artifacts import no_progress
+from polymath.experts import prepare_base_model
 from polymath.router import cluster_weights
-from polymath.training import ChatRow, centroids_of, cluster, read_chats
+from polymath.training import InstructionGradients, centroids_of, cluster, read_chats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,7 +30,6 @@ HELD_OUT = 30
 """Conversations of each domain."""
 LAYERS = (None, 8, 4, 2)
 ALGORITHMS = ("birch", "kmeans", "spherical")
-BATCH = 4
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.data, arguments.work, seed=0)
     moments = bench.training.train_base()
+    folder = prepare_base_model(BASE)
     held_out = {
         domain: read_chats([arguments.data / "experts" / f"{domain}.eval.jsonl"])[-HELD_OUT:]
         for domain in DOMAINS
@@ -49,39 +50,21 @@ def main() -> None:
     print("| layers | scaled by Adam | algorithm | NMI with the domains | held-out prompts right |")
     print("|---|---|---|---|---|")
     for layers in LAYERS:
-        measured = _Features(bench, layers)
-        asked = {domain: measured.of(rows, None) for domain, rows in held_out.items()}
+        recipe = bench.recipe.model_copy(update={"layers": layers})
+        gradients = InstructionGradients(folder, bench.base_folder, recipe, no_progress)
+        asked = {domain: gradients.asked(rows) for domain, rows in held_out.items()}
         for given in (moments, None):
-            known = measured.of(bench.rows, given)
+            scaled = "yes" if given else "no"
+            file = arguments.work / "layers" / f"{layers or 'all'}-{scaled}.f16"
+            known = gradients.kept(bench.rows, given, file, "gradients")
             for algorithm in ALGORITHMS:
                 members = cluster(known, CLUSTERS, algorithm, seed=0)
                 nmi = normalized_mutual_info_score(bench.domains, members)
                 right = _share_right(asked, known, members, bench.domains)
-                scaled = "yes" if given else "no"
                 print(
                     f"| {layers or 'all'} | {scaled} | {algorithm} | {nmi:.3f} | {right:.3f} |",
                     flush=True,
                 )
-
-
-class _Features:
-    def __init__(self, bench: Bench, layers: int | None) -> None:
-        recipe = bench.recipe
-        self._most = recipe.max_length
-        self._features, self._tokenizer = open_features(
-            prepare_base_model(BASE), bench.base_folder, recipe.dimensions, recipe.seed, layers
-        )
-
-    def of(self, rows: Sequence[ChatRow], moments: AdamMoments | None) -> Vectors:
-        prompts: list[Prompt] = [
-            encode_prompt(self._tokenizer, row.conversation()[:-1], self._most) for row in rows
-        ]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-        found = np.empty((len(prompts), self._features.dimensions), dtype=np.float32)
-        for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
-            found[some] = self._features.of([prompts[index] for index in some], moments)
-        return found
 
 
 def _share_right(

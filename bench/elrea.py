@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polymath.experts import (
+    ADAPTER_WEIGHTS,
     Completion,
     DecodeGroup,
     Engine,
@@ -223,7 +224,7 @@ class Bench:
         return folder
 
     def _train(self, folder: Path, rows: Sequence[ChatRow], tokens: int) -> None:
-        if (folder / "adapter_model.safetensors").exists():
+        if (folder / ADAPTER_WEIGHTS).exists():
             return
         recipe = self.recipe.lora.model_copy(update={"train_tokens": tokens, "seed": self._seed})
         trainer = LoraTrainer(self._folder, rows, recipe, folder)

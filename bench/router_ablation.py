@@ -29,7 +29,6 @@ from polymath.training import (
     LabelledPrompts,
     PromptRow,
     SourceFold,
-    add_centres,
     encode_prompts,
     find_centres,
     fit_head,
@@ -162,7 +161,7 @@ class _Bench:
 
     def _centred(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
         head = fit_head(vectors, data.targets, data.weights, REGULARISATION)
-        return add_centres(head, *find_centres(vectors, data.targets, seed=0)).logits
+        return head.with_centres(*find_centres(vectors, data.targets, seed=0)).logits
 
     def _mixed(self, vectors: NDArray[np.float32], data: LabelledPrompts) -> Any:
         head = fit_head(vectors, data.targets, data.weights, REGULARISATION)
@@ -208,7 +207,7 @@ class _Bench:
         head = tuner.head()
         some = np.random.default_rng(0).choice(len(kept), min(CENTRED, len(kept)), replace=False)
         known, _ = halves(encode_prompts(encoder, [data.rows[index] for index in some]))
-        centred = add_centres(head, *find_centres(known, data.targets[some], seed=0))
+        centred = head.with_centres(*find_centres(known, data.targets[some], seed=0))
         return [self._accuracy(one.logits(vectors), data, fold) for one in (head, centred)]
 
 

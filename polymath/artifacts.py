@@ -19,6 +19,7 @@ from polymath.errors import ModelSourceError
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+    from pydantic import ValidationError
 
 __all__ = [
     "PACKAGE_PREFIX",
@@ -26,6 +27,7 @@ __all__ = [
     "cache_dir",
     "cached_folder",
     "file_key",
+    "first_problem",
     "no_progress",
     "open_graph",
     "package_files",
@@ -99,6 +101,13 @@ def cached_folder(key: str, build: Callable[[Path], None]) -> Path:
             "free some space or point POLYMATH_CACHE at a writable folder"
         ) from error
     return target
+
+
+def first_problem(error: "ValidationError") -> str:
+    """The first complaint about a file as `PLACE: MESSAGE`, or the message alone."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def open_graph(file: Path, threads: int | None, remedy: str) -> "InferenceSession":

@@ -144,6 +144,22 @@ def write_tiny_model(folder: Path, backwards: bool = False) -> Path:
     return folder
 
 
+def write_random_adapter(folder: Path, model: Path, seed: int) -> Path:
+    """A LoRA adapter of the base model none of whose factors is zero, as a PEFT folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -4,7 +4,12 @@ Imports nothing of ours but errors and artifact folders; torch is loaded with th
 with this package.
 """
 
-from polymath.experts.adapter import AdapterFile, read_adapter
+from polymath.experts.adapter import (
+    ADAPTER_WEIGHTS,
+    AdapterFile,
+    adapter_sha256,
+    read_adapter,
+)
 from polymath.experts.answer_text import AnswerText
 from polymath.experts.catalog import Expert, adapters_on, build_catalog, expert_row, load_models
 from polymath.experts.chat import Message, frame_conversation, render_chat
@@ -60,6 +65,7 @@ from polymath.experts.settings import (
 from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
+    "ADAPTER_WEIGHTS",
     "AdamMoments",
     "AdapterFile",
     "AnswerText",
@@ -98,6 +104,7 @@ __all__ = [
     "SignProjection",
     "Vocabulary",
     "WeightedLogits",
+    "adapter_sha256",
     "adapters_on",
     "build_catalog",
     "encode_prompt",

@@ -7,6 +7,7 @@ that an adapter made for another model is named as such and not found out in the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -17,12 +18,13 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from polymath.artifacts import first_problem
 from polymath.errors import AdapterError
 
-__all__ = ["AdapterFile", "read_adapter"]
+__all__ = ["ADAPTER_WEIGHTS", "AdapterFile", "adapter_sha256", "read_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 TENSOR_NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
 
@@ -85,6 +87,11 @@ class AdapterFile:
         return max(self.ranks.values())
 
 
+def adapter_sha256(folder: Path) -> str:
+    """SHA-256 of the weights in an adapter folder."""
+    return hashlib.sha256((folder / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+
+
 def read_adapter(folder: Path, base_shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
     """Check an adapter against its base model; no weights are loaded.
 
@@ -97,7 +104,7 @@ def read_adapter(folder: Path, base_shapes: Mapping[str, tuple[int, ...]]) -> Ad
     """
     config = _read_config(folder)
     factors = _factor_shapes(folder)
-    file = folder / WEIGHTS_FILE
+    file = folder / ADAPTER_WEIGHTS
     ranks = {
         module: _checked_rank(file, module, shapes, base_shapes)
         for module, shapes in factors.items()
@@ -126,16 +133,14 @@ def _read_config(folder: Path) -> AdapterConfig:
     try:
         return AdapterConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise AdapterError(f"{file}: {place}: {first['msg']}") from error
+        raise AdapterError(f"{file}: {first_problem(error)}") from error
 
 
 def _factor_shapes(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """For each module the shapes of its factors A and B."""
     from safetensors import SafetensorError, safe_open
 
-    file = folder / WEIGHTS_FILE
+    file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         pickles = [name for name in PICKLE_FILES if (folder / name).exists()]
         hint = (

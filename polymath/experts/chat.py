@@ -97,10 +97,11 @@ def _render_with_plain_texts(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, plain: bool = False) -> list[int]:
-    """Token ids; of a plain text none is a control token.
+    """Token ids; of a plain text none is a control token. Lone surrogates become question marks.
 
     transformers keeps `split_special_tokens` in the tokenizer itself, so that threads must not mix.
     """
+    readable = text.encode("utf-8", "replace").decode("utf-8")
     with _ENCODING:
-        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
+        ids = tokenizer.encode(readable, add_special_tokens=False, split_special_tokens=plain)
     return list(ids)

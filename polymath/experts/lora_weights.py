@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from polymath.experts.adapter import WEIGHTS_FILE, AdapterFile
+from polymath.experts.adapter import ADAPTER_WEIGHTS, AdapterFile
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def read_weights(
         width = sum(file.ranks.get(module, 0) for module in site.modules)
         widths[site.group] = max(widths.get(site.group, 0), width)
     down, up = {}, {}
-    with safe_open(file.folder / WEIGHTS_FILE, framework="pt") as tensors:
+    with safe_open(file.folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         for site in sites:
             if not any(module in file.ranks for module in site.modules):
                 continue

@@ -1,11 +1,11 @@
 """The gradients of prompts for the router, by the model and the adapter that the config names."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from polymath.errors import AdapterError, ModelSourceError, RouterArtifactError
 from polymath.experts import (
+    adapter_sha256,
     encode_prompt,
     open_features,
     prepare_base_model,
@@ -38,8 +38,7 @@ def prompt_features(settings: Settings, card: ClusterCard) -> PromptFeatures:
         read_adapter(expert.adapter, weight_shapes(folder))
     except AdapterError as error:
         raise RouterArtifactError(error.message, param="fallback") from error
-    weights = (expert.adapter / "adapter_model.safetensors").read_bytes()
-    if hashlib.sha256(weights).hexdigest() != card.base_sha256:
+    if adapter_sha256(expert.adapter) != card.base_sha256:
         raise RouterArtifactError(
             f"{expert.adapter}, the adapter of the fallback {name!r}, is not the base adapter that "
             f"the clusters were found with: {settings.router.cluster_folder}/base",
@@ -54,12 +53,6 @@ def prompt_features(settings: Settings, card: ClusterCard) -> PromptFeatures:
         raise ModelSourceError(f"{folder}: cannot be loaded ({reason})") from error
 
     def read(messages: Sequence[Message]) -> Any:
-        readable = [{**turn, "content": _readable(turn["content"])} for turn in messages]
-        return features.of([encode_prompt(tokenizer, readable, card.max_length)])[0]
+        return features.of([encode_prompt(tokenizer, messages, card.max_length)])[0]
 
     return read
-
-
-def _readable(text: str) -> str:
-    """The text without lone surrogates, which no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")

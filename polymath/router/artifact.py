@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from polymath.artifacts import first_problem
 from polymath.errors import RouterArtifactError
 from polymath.router.encoder import MAX_TOKENS, MODEL_FILE, TOKENIZER_FILE
 from polymath.router.head import RouterHead
+from polymath.router.int8 import rounded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +31,6 @@ FORMAT = 3
 CARD_FILE = "router.json"
 HEAD_FILE = "head.safetensors"
 REFERENCES_FILE = "references.jsonl"
-
-LARGEST_CODE = 127
-LEAST_SCALE = 1e-6
 
 
 class RouterCard(BaseModel):
@@ -132,9 +131,7 @@ class RouterArtifact:
                 *_centres(tensors),
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            what = f"{error.title}: {place + ': ' if place else ''}{first['msg']}"
+            what = f"{error.title}: {first_problem(error)}"
             raise RouterArtifactError(f"{folder}: corrupt router folder ({what})") from error
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise RouterArtifactError(f"{folder}: corrupt router folder ({error})") from error
@@ -155,13 +152,9 @@ class RouterArtifact:
             "vectors": self.vectors.astype(np.float16),
         }
         if self.centres is not None and self.owners is not None:
-            scales = np.maximum(np.abs(self.centres).max(axis=1), LEAST_SCALE) / LARGEST_CODE
-            codes = np.rint(self.centres / scales[:, None]).astype(np.int8)
-            tensors |= {
-                "centres": codes,
-                "centres.scale": scales.astype(np.float32),
-                "owners": self.owners.astype(np.int32),
-            }
+            codes, scales = rounded(self.centres)
+            owners = self.owners.astype(np.int32)
+            tensors |= {"centres": codes, "centres.scale": scales, "owners": owners}
         # safetensors writes the memory as it lies, whatever the strides say
         contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         save_file(contiguous, folder / HEAD_FILE)
@@ -178,9 +171,7 @@ class RouterArtifact:
     @property
     def head(self) -> RouterHead:
         """What gives logits of the vectors' first half."""
-        if self.centres is None or self.owners is None:
-            return RouterHead(self.weight, self.bias)
-        return RouterHead.centred(self.weight, self.bias, self.centres, self.owners)
+        return RouterHead(self.weight, self.bias, self.centres, self.owners)
 
     def _check_shapes(self, folder: Path) -> None:
         labels = len(self.card.labels)

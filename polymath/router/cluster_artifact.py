@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from polymath.artifacts import first_problem
 from polymath.errors import RouterArtifactError
 from polymath.router.artifact import floats
 
@@ -91,10 +92,8 @@ class ClusterArtifact:
             card = ClusterCard.model_validate_json((folder / CLUSTERS_FILE).read_bytes())
             centroids = floats(load_file(folder / CENTROIDS_FILE), "centroids")
         except ValidationError as error:
-            first = error.errors()[0]
-            place = "".join(f"{part}: " for part in first["loc"])
             raise RouterArtifactError(
-                f"{folder / CLUSTERS_FILE}: corrupt ({place}{first['msg']})"
+                f"{folder / CLUSTERS_FILE}: corrupt ({first_problem(error)})"
             ) from error
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise RouterArtifactError(f"{folder / CENTROIDS_FILE}: corrupt ({error})") from error

@@ -9,7 +9,7 @@ that is clearly of another domain outweighs them (the forward algorithm, Rabiner
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from polymath.router.decision import Message
+from polymath.router.decision import Message, largest_first
 
 __all__ = ["Reading", "belief", "user_turns"]
 
@@ -48,7 +48,7 @@ def belief(readings: Sequence[Reading], sticky: float) -> dict[str, float]:
         }
         total = sum(state.values())
         state = {domain: value / total for domain, value in state.items()}
-    return dict(sorted(state.items(), key=lambda item: item[1], reverse=True))
+    return largest_first(state)
 
 
 def user_turns(messages: Sequence[Message], most: int) -> list[str]:

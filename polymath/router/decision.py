@@ -4,7 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-__all__ = ["Combine", "Message", "Neighbour", "RouteDecision", "Router", "Source", "Why"]
+__all__ = [
+    "Combine",
+    "Message",
+    "Neighbour",
+    "RouteDecision",
+    "Router",
+    "Source",
+    "Why",
+    "largest_first",
+]
 
 Message = Mapping[str, str]
 """One turn in Hugging Face's chat format: `role` and `content`."""
@@ -13,6 +22,12 @@ Source = Literal["encoder", "gradient", "rule", "explicit", "sticky", "fallback"
 
 Combine = Literal["select", "ensemble", "posterior", "logits"]
 """Who answers: the expert of the largest weight, or all of them by the engine's combiners."""
+
+
+def largest_first(weights: Mapping[str, float], most: int | None = None) -> dict[str, float]:
+    """The weights in order, or only the `most` largest; equal ones stay as they came."""
+    ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)
+    return dict(ordered[:most])
 
 
 @dataclass(frozen=True, slots=True)

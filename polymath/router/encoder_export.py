@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from polymath.artifacts import PACKAGE_PREFIX, package_files
+from polymath.artifacts import PACKAGE_PREFIX, first_problem, package_files
 from polymath.errors import ModelSourceError
 from polymath.router.encoder import (
     MAX_TOKENS,
@@ -101,10 +101,8 @@ def _config(source: Path) -> BertConfig:
     except OSError as error:
         raise ModelSourceError(f"{source / CONFIG_FILE}: cannot be read ({error})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise ModelSourceError(
-            f"{source / CONFIG_FILE}: {place}: {first['msg']}; encoders must be BERT models"
+            f"{source / CONFIG_FILE}: {first_problem(error)}; encoders must be BERT models"
         ) from error
 
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from polymath.router.int8 import LARGEST_CODE, rounded
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -32,7 +34,6 @@ OUTPUTS = ("sentence_embedding", "inner_embedding")
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
-LARGEST_CODE = 127
 ZERO_POINT = 128
 LEAST_RANGE = 1e-4
 """A channel that never fires must not get a scale of zero."""
@@ -151,7 +152,7 @@ class _Graph:
         words = self._weights[f"{name}.word_embeddings.weight"]
         if words.shape[1] != (width := self._config.hidden_size):
             raise ValueError(f"word embeddings of {words.shape[1]} dimensions, not {width}")
-        codes, scale = _rounded(words)
+        codes, scale = rounded(words)
         positions = self._weights[f"{name}.position_embeddings.weight"][: self._max_tokens]
         segment = self._weights[f"{name}.token_type_embeddings.weight"][0]
         self._constant("words.codes", codes)
@@ -218,7 +219,7 @@ class _Graph:
             self._constant(f"{name}.weight", weight.T)
             product = self._node("MatMul", [operand, f"{name}.weight"], f"{name}.product")
             return self._node("Add", [product, f"{name}.bias"], name)
-        codes, scale = _rounded(weight * self._scale(operand))
+        codes, scale = rounded(weight * self._scale(operand))
         if factor is not None:
             scale, bias = scale * factor, bias * factor
         self._constant(f"{name}.codes", codes.T)
@@ -251,14 +252,11 @@ class _Graph:
         self._constant("cls", np.array(0))
         return self._node("Gather", [states, "cls"], name, axis=1)
 
-    def _node(
-        self, kind: str, inputs: Sequence[str], outputs: str | Sequence[str], **attributes: Any
-    ) -> str:
+    def _node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         from onnx import helper
 
-        names = [outputs] if isinstance(outputs, str) else list(outputs)
-        self._nodes.append(helper.make_node(kind, list(inputs), names, **attributes))
-        return names[0]
+        self._nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
 
     def _constant(self, name: str, values: Any) -> None:
         import numpy as np
@@ -274,12 +272,3 @@ def _inner_layer(layers: int) -> int:
     of the way up a new domain still has a place of its own.
     """
     return max(1, 2 * layers // 3)
-
-
-def _rounded(matrix: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """Symmetric int8 with a scale for each row: codes of the matrix' shape, scales [rows]."""
-    import numpy as np
-
-    scale = np.maximum(np.abs(matrix).max(axis=1), LEAST_RANGE**2) / LARGEST_CODE
-    codes = np.rint(matrix / scale[:, None]).astype(np.int8)
-    return codes, scale.astype(np.float32)

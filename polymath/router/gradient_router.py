@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polymath.router.decision import Message, RouteDecision, Why
+from polymath.router.calibration import calibrated
+from polymath.router.decision import Message, RouteDecision, Why, largest_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,9 +43,7 @@ def cluster_weights(features: Floats, centroids: Floats, temperature: float = 1.
     cosines = (features @ centroids.T).astype(np.float64)
     cosines -= cosines.mean(axis=1, keepdims=True)
     cosines /= np.maximum(cosines.std(axis=1, keepdims=True), LEAST_SPREAD)
-    shares = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / temperature)
-    result: Floats = shares / shares.sum(axis=1, keepdims=True)
-    return result
+    return calibrated(cosines, temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +64,13 @@ class ClusterPolicy:
 
     def choose(self, weights: Mapping[str, float]) -> dict[str, float]:
         """Weights over experts, summing to 1, the largest first."""
-        best = sorted(weights.items(), key=lambda item: item[1], reverse=True)[: self.top_k]
-        total = sum(weight for _, weight in best) * (1 + self.base_weight)
+        best = largest_first(weights, self.top_k)
+        total = sum(best.values()) * (1 + self.base_weight)
         experts = {self.base: self.base_weight / (1 + self.base_weight)}
-        for cluster, weight in best:
+        for cluster, weight in best.items():
             expert = self.owners.get(cluster, self.base)
             experts[expert] = experts.get(expert, 0.0) + weight / total
-        ordered = sorted(experts.items(), key=lambda item: item[1], reverse=True)
-        return {expert: weight for expert, weight in ordered if weight > 0}
+        return {name: weight for name, weight in largest_first(experts).items() if weight > 0}
 
 
 class GradientRouter:
@@ -94,7 +92,7 @@ class GradientRouter:
         """The decision for the last user turn."""
         started = time.perf_counter()
         weights = dict(zip(self._labels, self._read(messages).tolist(), strict=True))
-        ordered = dict(sorted(weights.items(), key=lambda item: item[1], reverse=True))
+        ordered = largest_first(weights)
         domain = next(iter(ordered))
         return RouteDecision(
             weights=self._policy.choose(weights),

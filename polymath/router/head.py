@@ -9,7 +9,7 @@ multiplied (a product of experts, Hinton 2002): their logits add.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,33 +32,37 @@ class RouterHead:
     Attributes:
         weight: [labels, dimensions]; bias: [labels].
         centres: [centres, dimensions], unit length.
-        owners: [centres, labels], for each label its share of its centres: 1 by their number.
+        owners: [centres], the row of `weight` that each centre is of.
+        shares: [centres, labels], 1 by the number of its label's centres, else 0.
     """
 
     weight: Floats
     bias: Floats
     centres: Floats | None = None
-    owners: Floats | None = None
+    owners: NDArray[np.int64] | None = None
+    shares: Floats | None = field(init=False, default=None)
 
-    @classmethod
-    def centred(
-        cls, weight: Floats, bias: Floats, centres: Floats, owners: NDArray[np.int64]
-    ) -> RouterHead:
-        """A head with centres, given the label of each centre by its row of `weight`."""
+    def __post_init__(self) -> None:
         import numpy as np
 
-        one_hot = np.eye(len(weight), dtype=np.float32)[owners]
-        return cls(weight, bias, centres, one_hot / np.maximum(one_hot.sum(axis=0), 1))
+        if self.owners is not None:
+            one_hot = np.eye(len(self.weight), dtype=np.float32)[self.owners]
+            counts = np.maximum(one_hot.sum(axis=0), 1)
+            object.__setattr__(self, "shares", one_hot / counts)
+
+    def with_centres(self, centres: Floats, owners: NDArray[np.int64]) -> RouterHead:
+        """The same linear part with centres beside it."""
+        return replace(self, centres=centres, owners=owners)
 
     def logits(self, vectors: Floats) -> Floats:
         """Of one vector or of many, [..., labels]."""
         import numpy as np
 
         linear: Floats = vectors @ self.weight.T + self.bias
-        if self.centres is None or self.owners is None:
+        if self.centres is None or self.shares is None:
             return linear
         votes = SHARPNESS * (vectors @ self.centres.T)
-        votes = np.exp(votes - votes.max(axis=-1, keepdims=True)) @ self.owners
-        shares = votes / votes.sum(axis=-1, keepdims=True)
-        result: Floats = linear + np.log(shares + np.float32(LEAST_SHARE))
+        votes = np.exp(votes - votes.max(axis=-1, keepdims=True)) @ self.shares
+        votes /= votes.sum(axis=-1, keepdims=True)
+        result: Floats = linear + np.log(votes + np.float32(LEAST_SHARE))
         return result

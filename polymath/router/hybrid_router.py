@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from polymath.router.decision import Message, RouteDecision, Router
+from polymath.router.decision import Message, RouteDecision, Router, largest_first
 
 __all__ = ["HybridRouter"]
 
@@ -34,11 +34,11 @@ class HybridRouter:
         for decision, share in ((words, 1 - self._share), (pull, self._share)):
             for expert, weight in decision.weights.items():
                 weights[expert] = weights.get(expert, 0.0) + share * weight
-        ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)[: self._most]
-        total = sum(weight for _, weight in ordered)
+        best = largest_first(weights, self._most)
+        total = sum(best.values())
         return replace(
             words,
-            weights={expert: weight / total for expert, weight in ordered if weight > 0},
+            weights={expert: weight / total for expert, weight in best.items() if weight > 0},
             combine="logits",
             latency_ms=words.latency_ms + pull.latency_ms,
         )

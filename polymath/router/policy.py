@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from polymath.router.decision import Combine, Source
+from polymath.router.decision import Combine, Source, largest_first
 
 __all__ = ["Choice", "Policy"]
 
@@ -53,8 +53,7 @@ class Policy:
         for domain, probability in probabilities.items():
             expert = self.owners.get(domain, self.fallback)
             weights[expert] = weights.get(expert, 0.0) + probability
-        ordered = sorted(weights.items(), key=lambda item: item[1], reverse=True)
-        return {expert: weight for expert, weight in ordered if weight > 0}
+        return {name: weight for name, weight in largest_first(weights).items() if weight > 0}
 
     def _unsure(self, weights: Mapping[str, float]) -> bool:
         first, *others = weights.values()

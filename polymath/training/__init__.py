@@ -22,7 +22,7 @@ from polymath.training.examples import encode_chat, padding_id
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.instruction_gradients import InstructionGradients
 from polymath.training.labelled import LabelledPrompts
-from polymath.training.linear_head import add_centres, find_centres, fit_head
+from polymath.training.linear_head import find_centres, fit_head
 from polymath.training.lora import LoraTrainer
 from polymath.training.metrics import mcnemar
 from polymath.training.perplexity import Perplexity, measure_perplexity
@@ -41,7 +41,6 @@ from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
     "InstructionGradients",
-    "add_centres",
     "find_centres",
     "AdapterEnsemble",
     "ClusterRecipe",

@@ -9,7 +9,6 @@ run goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,17 +18,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from polymath.artifacts import Progress, no_progress
 from polymath.errors import DataError
-from polymath.experts import AdamMoments
+from polymath.experts import ADAPTER_WEIGHTS, AdamMoments, adapter_sha256
 from polymath.router import (
     BASE_FOLDER,
     CLUSTERS_FILE,
     DISTILLED_FOLDER,
     ClusterArtifact,
     ClusterCard,
-    RouterArtifact,
-    SentenceEncoder,
     cluster_weights,
-    halves,
     locate_encoder,
 )
 from polymath.training.cluster_config import write_cluster_config
@@ -55,7 +51,6 @@ __all__ = ["ClusterTraining"]
 Value = TypeVar("Value")
 
 WORK_FOLDER = ".training"
-WEIGHTS_FILE = "adapter_model.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 FEATURES_FILE = "features.f16"
 RAW_FEATURES_FILE = "requests.f16"
@@ -117,12 +112,10 @@ class ClusterTraining:
         texts = [_instruction(row) for row in self._rows]
         self._progress("distilling", 0, 1)
         distilled = self._out / DISTILLED_FOLDER
-        agreement = distil(
+        agreement, embeddings = distil(
             texts, shares, artifact.card.labels, recipe.encoder, distilled, recipe.seed
         )
         self._progress("distilling", 1, 1)
-        length = RouterArtifact.load(distilled).card.max_tokens
-        embeddings, _ = halves(SentenceEncoder(distilled, 2, length).encode(texts))
         known = None if labels is None else _of(labels, self._answered)
         findings = cluster_findings(
             texts, vectors, embeddings, members, artifact.centroids, known
@@ -163,7 +156,7 @@ class ClusterTraining:
         from safetensors.torch import load_file, save_file
 
         file = self._work / MOMENTS_FILE
-        if not (file.exists() and (self._base / WEIGHTS_FILE).exists()):
+        if not (file.exists() and (self._base / ADAPTER_WEIGHTS).exists()):
             recipe = self._lora(self._recipe.base_share)
             trainer = LoraTrainer(self._model_folder, self._rows, recipe, self._base)
             trainer.train(self._advance("base adapter"))
@@ -206,7 +199,7 @@ class ClusterTraining:
         """
         for index in range(int(members.max()) + 1):
             folder = expert_folder(out, index)
-            if (folder / WEIGHTS_FILE).exists():
+            if (folder / ADAPTER_WEIGHTS).exists():
                 continue
             rows = [row for row, member in zip(self._rows, members, strict=True) if member == index]
             recipe = self._lora((1 - self._recipe.base_share) * len(rows) / len(self._rows))
@@ -230,7 +223,7 @@ class ClusterTraining:
         clusters = range(len(centroids))
         card = ClusterCard(
             base_model=self._base_model,
-            base_sha256=_sha256(self._base / WEIGHTS_FILE),
+            base_sha256=adapter_sha256(self._base),
             dimensions=self._recipe.dimensions,
             projection_seed=self._recipe.seed,
             layers=self._recipe.layers,
@@ -253,10 +246,6 @@ def _answered(model_folder: Path, rows: Sequence[ChatRow], max_length: int) -> l
 
 def _of(values: Sequence[Value], kept: Sequence[bool]) -> list[Value]:
     return [value for value, keep in zip(values, kept, strict=True) if keep]
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _instruction(row: ChatRow) -> str:

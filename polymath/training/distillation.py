@@ -13,6 +13,7 @@ from polymath.router import (
     RouterCard,
     RouterHead,
     SentenceEncoder,
+    calibrated,
     encoder_length,
     export_encoder,
     halves,
@@ -32,6 +33,8 @@ __all__ = ["Agreement", "distil"]
 
 CALIBRATION_TEXTS = 256
 REGULARISATION = 1.0
+TEMPERATURE = 1.0
+"""The weights are learned as they are."""
 FOLDS = 5
 
 
@@ -55,13 +58,15 @@ def distil(
     encoder: str,
     out: Path,
     seed: int,
-) -> Agreement:
+) -> tuple[Agreement, NDArray[np.float32]]:
     """Write a router folder that guesses the weights, and say how well it does out of fold.
 
     Args:
         texts: the prompts.
         weights: [texts, clusters], each row summing to 1.
         encoder: `package:NAME` or a folder with a BERT model.
+    Returns:
+        How far they agree, and what the encoder makes of the texts, [texts, dimensions].
     """
     import numpy as np
 
@@ -78,7 +83,7 @@ def distil(
             encoder=encoder,
             max_tokens=length,
             labels=tuple(labels),
-            temperature=1.0,
+            temperature=TEMPERATURE,
             data_sha256=fingerprint(rows),
             rows={"unnamed": len(rows)},
             metrics={"agreement": round(agreement.top, 4)},
@@ -87,7 +92,7 @@ def distil(
         bias=head.bias,
         vectors=np.empty((0, vectors.shape[1]), dtype=np.float32),
     ).save(out)
-    return agreement
+    return agreement, vectors
 
 
 def _out_of_fold(vectors: NDArray[np.float32], weights: Floats, seed: int) -> Agreement:
@@ -98,8 +103,7 @@ def _out_of_fold(vectors: NDArray[np.float32], weights: Floats, seed: int) -> Ag
     folds = KFold(min(FOLDS, len(vectors)), shuffle=True, random_state=seed)
     for train, test in folds.split(vectors):
         logits = _fit(vectors[train], weights[train]).logits(vectors[test])
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        guessed[test] = shares / shares.sum(axis=1, keepdims=True)
+        guessed[test] = calibrated(logits, TEMPERATURE)
     top = float((guessed.argmax(axis=1) == weights.argmax(axis=1)).mean())
     return Agreement(top, float(np.abs(guessed - weights).sum(axis=1).mean() / 2))
 

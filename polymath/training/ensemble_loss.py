@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath.experts import quiet_loading
-from polymath.training.examples import IGNORED, Example, collate
+from polymath.training.examples import IGNORED, Example, collate, length_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,19 +97,11 @@ def _batches(
     examples: Sequence[Example], weights: Sequence[Mapping[str | None, float]]
 ) -> list[list[int]]:
     """Examples of the same adapters and of like length together."""
-    order = sorted(
-        range(len(examples)),
-        key=lambda index: (sorted(map(str, weights[index])), len(examples[index].ids)),
-    )
-    batches: list[list[int]] = []
-    for index in order:
-        last = batches[-1] if batches else None
-        longest = len(examples[index].ids)
-        if (
-            last is None
-            or weights[last[0]].keys() != weights[index].keys()
-            or (len(last) + 1) * longest > BATCH_TOKENS
-        ):
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+    alike: dict[frozenset[str | None], list[int]] = {}
+    for index, some in enumerate(weights):
+        alike.setdefault(frozenset(some), []).append(index)
+    return [
+        [members[place] for place in batch]
+        for members in alike.values()
+        for batch in length_batches([examples[index] for index in members], BATCH_TOKENS)
+    ]

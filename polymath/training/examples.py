@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polymath.experts import render_chat
+from polymath.experts import Prompt, render_chat
 from polymath.training.data import ChatRow
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def length_batches(
-    examples: Sequence[Example], batch_tokens: int, seed: int | None = None
+    examples: Sequence[Example | Prompt], batch_tokens: int, seed: int | None = None
 ) -> Iterator[list[int]]:
     """Indices of examples in batches of like length, at most `batch_tokens` padded tokens each.
 

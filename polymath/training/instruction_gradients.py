@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polymath.artifacts import Progress
-from polymath.experts import AdamMoments, Prompt, encode_prompt, open_features
+from polymath.experts import AdamMoments, Prompt, adapter_sha256, encode_prompt, open_features
 from polymath.training.cluster_recipe import ClusterRecipe
 from polymath.training.data import ChatRow
 from polymath.training.row_gradients import row_gradients
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
 
 __all__ = ["InstructionGradients"]
-
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class InstructionGradients:
@@ -38,7 +35,7 @@ class InstructionGradients:
         self._features, self.tokenizer = open_features(
             model_folder, base, recipe.dimensions, recipe.seed, recipe.layers
         )
-        self._base_sha256 = hashlib.sha256((base / WEIGHTS_FILE).read_bytes()).hexdigest()
+        self._base_sha256 = adapter_sha256(base)
         self._max_length = recipe.max_length
         self._progress = progress
 

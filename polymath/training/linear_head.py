@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["add_centres", "find_centres", "fit_head", "fit_temperature", "out_of_fold_logits"]
+__all__ = ["find_centres", "fit_head", "fit_temperature", "out_of_fold_logits"]
 
 FOLDS = 5
 CENTRES = 128
@@ -63,13 +63,6 @@ def find_centres(
     return found, np.array(owners, dtype=np.int64)
 
 
-def add_centres(
-    head: RouterHead, centres: NDArray[np.float32], owners: NDArray[np.int64]
-) -> RouterHead:
-    """The head with centres beside it."""
-    return RouterHead.centred(head.weight, head.bias, centres, owners)
-
-
 def out_of_fold_logits(
     vectors: NDArray[np.float32],
     targets: NDArray[np.int64],
@@ -88,7 +81,7 @@ def out_of_fold_logits(
     for train, test in splitter.split(vectors, targets):
         head = fit_head(vectors[train], targets[train], weights[train], inverse_regularisation)
         if centred:
-            head = add_centres(head, *find_centres(vectors[train], targets[train], seed))
+            head = head.with_centres(*find_centres(vectors[train], targets[train], seed))
         logits[test] = head.logits(vectors[test])
     return logits
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath.errors import DataError
-from polymath.experts import quiet_loading
+from polymath.experts import ADAPTER_WEIGHTS, quiet_loading
 from polymath.training.data import ChatRow, fingerprint
 from polymath.training.examples import (
     Example,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Advance", "LoraTrainer"]
 
 CHECKPOINT_FOLDER = ".checkpoint"
-WEIGHTS_FILE = "adapter_model.safetensors"
 CHECKPOINT_SECONDS = 30.0
 CHECKPOINT_KEYS = frozenset({"fingerprint", "step", "seconds", "adapter", "optimizer"})
 WARMUP_SHARE = 0.05
@@ -158,9 +157,9 @@ class LoraTrainer:
         config.inference_mode = True
         config.base_model_name_or_path = None
         config.save_pretrained(str(self.out))
-        partial = self.out / f"{WEIGHTS_FILE}.tmp"
+        partial = self.out / f"{ADAPTER_WEIGHTS}.tmp"
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(self.out / WEIGHTS_FILE)
+        partial.replace(self.out / ADAPTER_WEIGHTS)
         shutil.rmtree(self.out / CHECKPOINT_FOLDER, ignore_errors=True)
 
     def evaluate(self, rows: Sequence[ChatRow]) -> tuple[Perplexity, Perplexity]:
@@ -171,7 +170,7 @@ class LoraTrainer:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load
 
-        data = (adapter / WEIGHTS_FILE).read_bytes()
+        data = (adapter / ADAPTER_WEIGHTS).read_bytes()
         self.fingerprint += f":{hashlib.sha256(data).hexdigest()}"
         set_peft_model_state_dict(self.model, load(data))
 

@@ -33,7 +33,6 @@ from polymath.training.data import PromptRow, fingerprint
 from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import (
-    add_centres,
     find_centres,
     fit_head,
     fit_temperature,
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Vectors = NDArray[np.float32]
-    Centres = tuple[Vectors, NDArray[np.int64]]
 
 __all__ = ["RouterRecipe", "train_router"]
 
@@ -155,10 +153,8 @@ class _Training:
             finetuned = not tuned_scores or mean_score(tuned_scores) >= mean_score(frozen_scores)
             scores = tuned_scores if finetuned else frozen_scores
         train = self._finetuned if finetuned else self._with_head
-        head, centres, held_out, targets = train(vectors, choice)
-        artifact = self._artifact(
-            head, centres, held_out, targets, scores, finetuned, licence, withheld
-        )
+        head, held_out, targets = train(vectors, choice)
+        artifact = self._artifact(head, held_out, targets, scores, finetuned, licence, withheld)
         artifact.save(self._out)
         shutil.rmtree(self._work, ignore_errors=True)
         return artifact
@@ -206,7 +202,7 @@ class _Training:
 
     def _with_head(
         self, vectors: Vectors, choice: HeadChoice
-    ) -> tuple[RouterHead, Centres | None, Vectors, NDArray[np.int64]]:
+    ) -> tuple[RouterHead, Vectors, NDArray[np.int64]]:
         """A head on the frozen encoder, with out-of-fold logits and targets of all rows."""
         data, seed = self._data, self._recipe.seed
         value = choice.inverse_regularisation
@@ -215,8 +211,9 @@ class _Training:
         )
         self._install(self._work / "frozen")
         head = fit_head(vectors, data.targets, data.weights, value)
-        centres = find_centres(vectors, data.targets, seed) if choice.centred else None
-        return head, centres, logits, data.targets
+        if choice.centred:
+            head = head.with_centres(*find_centres(vectors, data.targets, seed))
+        return head, logits, data.targets
 
     def _validated_finetuning(self, vectors: Vectors, choice: HeadChoice) -> dict[str, float]:
         """Accuracy on each source when it is left out of a shorter fine-tuning."""
@@ -236,8 +233,7 @@ class _Training:
             tuned, head = self._finetune(kept, vectors, choice, recipe, stage)
             if choice.centred:
                 some = some_rows(self._data, kept, CENTRED_ROWS, recipe.seed)
-                centres = self._centres(tuned, some, f"centres without {fold.name}")
-                head = add_centres(head, *centres)
+                head = self._with_centres(head, tuned, some, f"centres without {fold.name}")
             held_out = [rows[index] for index in fold.held_out]
             measuring = partial(self._progress, f"measuring on {fold.name}")
             logits = head.logits(halves(encode_prompts(tuned, held_out, measuring))[0])
@@ -270,15 +266,18 @@ class _Training:
         self._export(self._work / "tuned", self._work / "tuned-int8")
         return self._open(self._work / "tuned-int8"), tuner.head()
 
-    def _centres(self, encoder: SentenceEncoder, some: NDArray[np.int64], stage: str) -> Centres:
-        """Of some of the rows."""
+    def _with_centres(
+        self, head: RouterHead, encoder: SentenceEncoder, some: NDArray[np.int64], stage: str
+    ) -> RouterHead:
+        """The head with centres of some of the rows."""
         rows = [self._data.rows[index] for index in some]
         vectors, _ = halves(encode_prompts(encoder, rows, partial(self._progress, stage)))
-        return find_centres(vectors, self._data.targets[some], self._recipe.seed)
+        centres = find_centres(vectors, self._data.targets[some], self._recipe.seed)
+        return head.with_centres(*centres)
 
     def _finetuned(
         self, vectors: Vectors, choice: HeadChoice
-    ) -> tuple[RouterHead, Centres | None, Vectors, NDArray[np.int64]]:
+    ) -> tuple[RouterHead, Vectors, NDArray[np.int64]]:
         """The encoder fine-tuned on all but a few rows, with logits and targets of those."""
         import numpy as np
         from sklearn.model_selection import train_test_split
@@ -298,17 +297,13 @@ class _Training:
         rows = [self._data.rows[index] for index in held_out]
         measuring = partial(self._progress, "measuring on held-out prompts")
         encoded, _ = halves(encode_prompts(tuned, rows, measuring))
-        centres = None
-        whole = head
         if choice.centred:
-            centres = self._centres(tuned, kept, "centres of all sources")
-            whole = add_centres(head, *centres)
-        return head, centres, whole.logits(encoded), self._data.targets[held_out]
+            head = self._with_centres(head, tuned, kept, "centres of all sources")
+        return head, head.logits(encoded), self._data.targets[held_out]
 
     def _artifact(
         self,
         head: RouterHead,
-        centres: Centres | None,
         held_out: Vectors,
         targets: NDArray[np.int64],
         scores: dict[str, float],
@@ -347,8 +342,8 @@ class _Training:
             bias=head.bias,
             vectors=vectors,
             references=references,
-            centres=centres and centres[0],
-            owners=centres and centres[1],
+            centres=head.centres,
+            owners=head.owners,
         )
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import (
-    add_centres,
     find_centres,
     fit_head,
     out_of_fold_logits,
@@ -163,6 +162,6 @@ def _fold_accuracies(
     accuracies = {}
     for choice in choices:
         head = fit(choice.inverse_regularisation)
-        head = add_centres(head, *centres) if choice.centred else head
+        head = head.with_centres(*centres) if choice.centred else head
         accuracies[choice] = domain_accuracy(head.logits(vectors[held_out]), targets, labels)
     return accuracies

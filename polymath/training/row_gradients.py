@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymath.experts import AdamMoments, GradientFeatures, Prompt
+from polymath.training.examples import length_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,7 @@ def row_gradients(
     done = _done(stand, key) if file.exists() and file.stat().st_size == size else 0
     mode: Any = "r+" if done else "w+"
     kept = np.memmap(file, dtype=np.float16, mode=mode, shape=shape)
-    batches = _batches(prompts)
+    batches = list(length_batches(prompts, BATCH_TOKENS))
     for index, batch in enumerate(batches):
         if index >= done:
             kept[batch] = features.of([prompts[row] for row in batch], moments)
@@ -63,14 +64,3 @@ def _done(stand: Path, key: str) -> int:
         return int(values["batches"]) if values["key"] == key else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def _batches(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Rows of like length together."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-    batches: list[list[int]] = [[]]
-    for row in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[row].ids) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(row)
-    return batches if batches[0] else []

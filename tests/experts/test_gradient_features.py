@@ -19,6 +19,7 @@ from polymath.experts import (
     encode_prompt,
     open_features,
 )
+from tests.conftest import write_random_adapter
 
 DIMENSIONS = 256
 TOLERANCE = 2e-5
@@ -29,18 +30,7 @@ TEXTS = ("What is the capital of France?", "sort a list", "x" * 50, "é", "Is th
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter on the tiny model, none of whose factors is zero."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder
+    return write_random_adapter(tmp_path_factory.mktemp("adapter"), tiny_model, seed=1)
 
 
 def opened(model: Path, adapter: Path, layers: int | None = None) -> tuple[GradientFeatures, Any]:

@@ -31,6 +31,7 @@ from polymath.router import (
     export_encoder,
     halves,
 )
+from tests.conftest import write_random_adapter
 from tests.gateway.asking import user
 from tests.router.conftest import CALIBRATION, TINY_TOKENS, write_tiny_bert
 
@@ -74,7 +75,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("made")
     clusters = root / "clusters"
     for seed, name in enumerate(("base", *(f"expert-{index}" for index in range(len(TEXTS))))):
-        write_random_adapter(tiny_model, clusters / name, seed)
+        write_random_adapter(clusters / name, tiny_model, seed)
     weights = (clusters / "base" / "adapter_model.safetensors").read_bytes()
     card = ClusterCard(
         base_model=str(tiny_model),
@@ -101,21 +102,6 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(made: Path, tmp_path: Path) -> Path:
     """The config and its folders, free to be damaged."""
     return Path(shutil.copytree(made.parent, tmp_path / "copy")) / made.name
-
-
-def write_random_adapter(model: Path, folder: Path, seed: int) -> None:
-    """None of its factors is zero, so that the experts disagree."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
-    for name, weight in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    adapted.save_pretrained(folder)
 
 
 def gradients_of(

@@ -17,10 +17,10 @@ from polymath.router.encoder_graph import (
     OUTPUTS,
     BertConfig,
     Pooling,
-    _rounded,
     activation_ranges,
     encoder_graph,
 )
+from polymath.router.int8 import rounded
 from tests.router.conftest import (
     CALIBRATION,
     TINY_TOKENS,
@@ -298,7 +298,7 @@ def test_a_missing_tensor_is_named(config: BertConfig, weights: dict[str, Floats
 @given(matrix=st.lists(st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3), min_size=1))
 def test_rounding_is_off_by_at_most_half_a_step(matrix: list[list[float]]) -> None:
     values = np.array(matrix, dtype=np.float32)
-    codes, scale = _rounded(values)
+    codes, scale = rounded(values)
     assert codes.dtype == np.int8
     assert codes.min() >= -127
     error = np.abs(codes * scale[:, None] - values)
@@ -308,12 +308,12 @@ def test_rounding_is_off_by_at_most_half_a_step(matrix: list[list[float]]) -> No
 @given(st.lists(st.integers(-127, 127), min_size=1), st.floats(2**-10, 2**10, width=32))
 def test_what_is_on_the_grid_is_not_changed_by_rounding(codes: list[int], scale: float) -> None:
     row = np.array([[127, *codes]], dtype=np.float32) * np.float32(scale)
-    rounded, _ = _rounded(row)
-    np.testing.assert_array_equal(rounded, [[127, *codes]])
+    found, _ = rounded(row)
+    np.testing.assert_array_equal(found, [[127, *codes]])
 
 
 def test_rows_of_zeros_stay_zeros() -> None:
-    codes, scale = _rounded(np.zeros((2, 3), dtype=np.float32))
+    codes, scale = rounded(np.zeros((2, 3), dtype=np.float32))
     np.testing.assert_array_equal(codes * scale[:, None], np.zeros((2, 3)))
 
 

@@ -32,7 +32,7 @@ def linear(seed: int = 1) -> RouterHead:
 def centred(owners: list[int], centres: Floats | None = None) -> RouterHead:
     plain = linear()
     known = units(len(owners), seed=2) if centres is None else centres
-    return RouterHead.centred(plain.weight, plain.bias, known, np.array(owners))
+    return plain.with_centres(known, np.array(owners))
 
 
 def test_without_centres_it_is_linear() -> None:

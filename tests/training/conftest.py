@@ -1,4 +1,4 @@
-"""Shared by the tests of training: a tiny BERT, prompts that it can tell apart, random adapters."""
+"""Shared by the tests of training: a tiny BERT, prompts that it can tell apart."""
 
 from __future__ import annotations
 
@@ -25,6 +25,24 @@ POSITIONS = 256
 
 class Killed(Exception):
     """Stands for the end of the process."""
+
+
+class Progress:
+    """Follows a training; kills it when it comes to a step of a stage."""
+
+    def __init__(self, fatal: str | None = None, step: int = 0) -> None:
+        self.fatal = fatal
+        self.step = step
+        self.seen: list[tuple[str, int, int]] = []
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.seen.append((stage, done, total))
+        if stage == self.fatal and done >= self.step:
+            raise Killed
+
+    @property
+    def stages(self) -> list[str]:
+        return list(dict.fromkeys(stage for stage, _, _ in self.seen))
 
 
 @pytest.fixture(scope="session")
@@ -73,22 +91,6 @@ def write_tiny_bert(folder: Path, seed: int = 0) -> Path:
     with torch.no_grad():  # words should say more than their places
         bert.embeddings.position_embeddings.weight.mul_(0.1)
     bert.save_pretrained(folder)
-    return folder
-
-
-def write_random_adapter(folder: Path, model: Path, seed: int) -> Path:
-    """A LoRA adapter of the base model none of whose factors is zero, as a PEFT folder."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear"))
-    for name, weight in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    adapted.save_pretrained(folder)
     return folder
 
 

@@ -29,7 +29,7 @@ from polymath.training import (
     lora,
 )
 from tests.training import conftest
-from tests.training.conftest import WORDS, Killed, prompt_text, write_tiny_bert
+from tests.training.conftest import WORDS, Killed, Progress, prompt_text, write_tiny_bert
 
 RNG = random.Random(0)
 
@@ -94,24 +94,6 @@ FILES = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Run = Callable[..., ClusterArtifact]
-
-
-class Progress:
-    """Follows the training; kills it when it comes to a step of a stage."""
-
-    def __init__(self, fatal: str | None = None, step: int = 0) -> None:
-        self.fatal = fatal
-        self.step = step
-        self.seen: list[tuple[str, int, int]] = []
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.seen.append((stage, done, total))
-        if stage == self.fatal and done >= self.step:
-            raise Killed
-
-    @property
-    def stages(self) -> list[str]:
-        return list(dict.fromkeys(stage for stage, _, _ in self.seen))
 
 
 @pytest.fixture(scope="module")

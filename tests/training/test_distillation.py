@@ -48,7 +48,9 @@ def run(tiny_bert: Path, tmp_path: Path) -> Distil:
     def distilled(texts: list[str], weights: Weights, **how: Any) -> Agreement:
         out = how.pop("out", tmp_path / "distilled")
         labels = LABELS[: weights.shape[1]]
-        return distil(texts, weights, labels, how.pop("encoder", str(tiny_bert)), out, 0, **how)
+        encoder = how.pop("encoder", str(tiny_bert))
+        agreement, _ = distil(texts, weights, labels, encoder, out, 0, **how)
+        return agreement
 
     return distilled
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from polymath.training import AdapterEnsemble, ChatRow, encode_chat, padding_id
 from polymath.training.examples import IGNORED, Example, answer_losses, collate
-from tests.training.conftest import write_random_adapter
+from tests.conftest import write_random_adapter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

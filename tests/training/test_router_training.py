@@ -35,7 +35,15 @@ from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import fit_head
 from polymath.training.prompt_vectors import encode_prompts
 from polymath.training.reference_prompts import choose_references
-from tests.training.conftest import DOMAINS, WORDS, Killed, prompt_text, prompts, write_tiny_bert
+from tests.training.conftest import (
+    DOMAINS,
+    WORDS,
+    Killed,
+    Progress,
+    prompt_text,
+    prompts,
+    write_tiny_bert,
+)
 
 FROZEN = RouterRecipe(threads=1)
 FINETUNE = FinetuneRecipe(
@@ -60,24 +68,6 @@ both_ways = pytest.mark.parametrize("recipe", [FROZEN, BRIEF], ids=["frozen", "f
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Run = Callable[..., RouterArtifact]
-
-
-class Progress:
-    """Follows the training; kills it when it comes to a stage."""
-
-    def __init__(self, fatal: str | None = None, step: int = 0) -> None:
-        self.fatal = fatal
-        self.step = step
-        self.seen: list[tuple[str, int, int]] = []
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self.seen.append((stage, done, total))
-        if stage == self.fatal and done >= self.step:
-            raise Killed
-
-    @property
-    def stages(self) -> list[str]:
-        return list(dict.fromkeys(stage for stage, _, _ in self.seen))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 
 from polymath.experts import AdamMoments, GradientFeatures, Prompt, encode_prompt, open_features
 from polymath.training.row_gradients import row_gradients
-from tests.training.conftest import Killed, write_random_adapter
+from tests.conftest import write_random_adapter
+from tests.training.conftest import Killed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
