@@ -43,9 +43,8 @@ from polymath.training.prompt_vectors import encode_prompts
 from polymath.training.reference_prompts import choose_references
 from polymath.training.router_validation import (
     FoldJournal,
-    HeadChoice,
+    SourceScores,
     domain_accuracy,
-    mean_score,
     some_rows,
     validated_head,
 )
@@ -139,7 +138,7 @@ class _Training:
         self._open_work_folder()
         encoding = partial(self._progress, "encoding prompts")
         vectors, _ = halves(encode_prompts(self._frozen(), self._data.rows, encoding))
-        choice, frozen_scores = validated_head(
+        value, frozen = validated_head(
             self._data,
             vectors,
             self._folds,
@@ -147,14 +146,16 @@ class _Training:
             self._recipe.seed,
             partial(self._progress, "frozen encoder: validation"),
         )
-        scores, finetuned = frozen_scores, False
+        scores, finetuned = frozen, False
         if self._recipe.finetune is not None:
-            tuned_scores = self._validated_finetuning(vectors, choice)
-            finetuned = not tuned_scores or mean_score(tuned_scores) >= mean_score(frozen_scores)
-            scores = tuned_scores if finetuned else frozen_scores
+            tuned = self._validated_finetuning(vectors, value)
+            finetuned = not tuned.kept or tuned.mean >= frozen.mean
+            scores = tuned if finetuned else frozen
         train = self._finetuned if finetuned else self._with_head
-        head, held_out, targets = train(vectors, choice)
-        artifact = self._artifact(head, held_out, targets, scores, finetuned, licence, withheld)
+        head, held_out, targets = train(vectors, value, scores.keeps_centres)
+        artifact = self._artifact(
+            head, held_out, targets, scores.kept, finetuned, licence, withheld
+        )
         artifact.save(self._out)
         shutil.rmtree(self._work, ignore_errors=True)
         return artifact
@@ -201,44 +202,45 @@ class _Training:
         self._progress("encoder: export to int8", 1, 1)
 
     def _with_head(
-        self, vectors: Vectors, choice: HeadChoice
+        self, vectors: Vectors, inverse_regularisation: float, centred: bool
     ) -> tuple[RouterHead, Vectors, NDArray[np.int64]]:
         """A head on the frozen encoder, with out-of-fold logits and targets of all rows."""
         data, seed = self._data, self._recipe.seed
-        value = choice.inverse_regularisation
         logits = out_of_fold_logits(
-            vectors, data.targets, data.weights, value, choice.centred, seed
+            vectors, data.targets, data.weights, inverse_regularisation, centred, seed
         )
         self._install(self._work / "frozen")
-        head = fit_head(vectors, data.targets, data.weights, value)
-        if choice.centred:
+        head = fit_head(vectors, data.targets, data.weights, inverse_regularisation)
+        if centred:
             head = head.with_centres(*find_centres(vectors, data.targets, seed))
         return head, logits, data.targets
 
-    def _validated_finetuning(self, vectors: Vectors, choice: HeadChoice) -> dict[str, float]:
+    def _validated_finetuning(
+        self, vectors: Vectors, inverse_regularisation: float
+    ) -> SourceScores:
         """Accuracy on each source when it is left out of a shorter fine-tuning."""
         assert self._recipe.finetune is not None
         if not self._recipe.fold_prompts:
-            return {}
+            return SourceScores()
         recipe = self._recipe.finetune.model_copy(update={"prompts": self._recipe.fold_prompts})
         journal = FoldJournal(
             self._work / "folds.json", f"{self._fingerprint}:{recipe.model_dump_json()}"
         )
         rows = self._data.rows
         for fold in self._folds:
-            if fold.name in journal.scores:
+            if fold.name in journal.scores.plain:
                 continue
             stage = f"fine-tuning without {fold.name}"
             kept = fold.kept(len(rows))
-            tuned, head = self._finetune(kept, vectors, choice, recipe, stage)
-            if choice.centred:
-                some = some_rows(self._data, kept, CENTRED_ROWS, recipe.seed)
-                head = self._with_centres(head, tuned, some, f"centres without {fold.name}")
+            tuned, head = self._finetune(kept, vectors, inverse_regularisation, recipe, stage)
+            some = some_rows(self._data, kept, CENTRED_ROWS, recipe.seed)
+            centred = self._with_centres(head, tuned, some, f"centres without {fold.name}")
             held_out = [rows[index] for index in fold.held_out]
             measuring = partial(self._progress, f"measuring on {fold.name}")
-            logits = head.logits(halves(encode_prompts(tuned, held_out, measuring))[0])
-            targets = self._data.targets[list(fold.held_out)]
-            journal.add(fold.name, domain_accuracy(logits, targets, len(self._data.labels)))
+            encoded, _ = halves(encode_prompts(tuned, held_out, measuring))
+            targets, labels = self._data.targets[list(fold.held_out)], len(self._data.labels)
+            scores = [domain_accuracy(h.logits(encoded), targets, labels) for h in (head, centred)]
+            journal.add(fold.name, *scores)
             self._checkpoint.unlink(missing_ok=True)
         return journal.scores
 
@@ -246,7 +248,7 @@ class _Training:
         self,
         kept: NDArray[np.int64],
         vectors: Vectors,
-        choice: HeadChoice,
+        inverse_regularisation: float,
         recipe: FinetuneRecipe,
         stage: str,
     ) -> tuple[SentenceEncoder, RouterHead]:
@@ -256,8 +258,7 @@ class _Training:
         torch.set_num_threads(self._recipe.threads)
         probed = some_rows(self._data, kept, PROBED_ROWS, recipe.seed)
         start = self._data.take(probed)
-        value = choice.inverse_regularisation
-        head = fit_head(vectors[probed], start.targets, start.weights, value)
+        head = fit_head(vectors[probed], start.targets, start.weights, inverse_regularisation)
         tuner = EncoderFinetuner(
             self._folder, self._data.take(kept), head, recipe, self._checkpoint
         )
@@ -276,7 +277,7 @@ class _Training:
         return head.with_centres(*centres)
 
     def _finetuned(
-        self, vectors: Vectors, choice: HeadChoice
+        self, vectors: Vectors, inverse_regularisation: float, centred: bool
     ) -> tuple[RouterHead, Vectors, NDArray[np.int64]]:
         """The encoder fine-tuned on all but a few rows, with logits and targets of those."""
         import numpy as np
@@ -291,13 +292,17 @@ class _Training:
             random_state=self._recipe.seed,
         )
         tuned, head = self._finetune(
-            kept, vectors, choice, self._recipe.finetune, "fine-tuning on all sources"
+            kept,
+            vectors,
+            inverse_regularisation,
+            self._recipe.finetune,
+            "fine-tuning on all sources",
         )
         self._install(self._work / "tuned-int8")
         rows = [self._data.rows[index] for index in held_out]
         measuring = partial(self._progress, "measuring on held-out prompts")
         encoded, _ = halves(encode_prompts(tuned, rows, measuring))
-        if choice.centred:
+        if centred:
             head = self._with_centres(head, tuned, kept, "centres of all sources")
         return head, head.logits(encoded), self._data.targets[held_out]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymath.router import RouterHead
 from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import (
     find_centres,
@@ -26,18 +27,51 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FoldJournal",
-    "HeadChoice",
+    "SourceScores",
     "domain_accuracy",
     "mean_score",
     "some_rows",
     "validated_head",
 ]
 
-LEAST_GAIN = 0.01
+LEAST_GAIN = 0.005
 """Mean accuracy that centres must win, or the linear part stands alone."""
 
 HEAD_ROWS = 6000
 """A head that is only to be validated is fitted on at most so many prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceScores:
+    """Accuracy on each source when it is left out.
+
+    Attributes:
+        plain: of the linear part alone.
+        centred: with centres beside it.
+    """
+
+    plain: dict[str, float] = field(default_factory=dict)
+    centred: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def keeps_centres(self) -> bool:
+        """Whether the centres win enough; their worth shows on other sources alone."""
+        return mean_score(self.centred) - mean_score(self.plain) >= LEAST_GAIN
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Those of the better head."""
+        return self.centred if self.keeps_centres else self.plain
+
+    @property
+    def mean(self) -> float:
+        """Of the better head; 0 where no source was left out."""
+        return mean_score(self.kept)
+
+    def add(self, source: str, plain: float, centred: float) -> None:
+        """Keep the scores of one source."""
+        self.plain[source] = plain
+        self.centred[source] = centred
 
 
 class FoldJournal:
@@ -50,30 +84,19 @@ class FoldJournal:
     def __init__(self, file: Path, key: str) -> None:
         self._file = file
         self._key = key
-        self.scores: dict[str, float] = {}
+        self.scores = SourceScores()
         if file.exists():
             values = json.loads(file.read_text(encoding="utf-8"))
-            self.scores = values["scores"] if values["key"] == key else {}
+            if values["key"] == key:
+                self.scores = SourceScores(**values["scores"])
 
-    def add(self, name: str, score: float) -> None:
-        """Keep the score of one fold."""
-        self.scores[name] = score
+    def add(self, source: str, plain: float, centred: float) -> None:
+        """Keep the scores of one fold."""
+        self.scores.add(source, plain, centred)
         partial = self._file.with_suffix(".tmp")
-        values = {"key": self._key, "scores": self.scores}
+        values = {"key": self._key, "scores": asdict(self.scores)}
         partial.write_text(json.dumps(values), encoding="utf-8")
         partial.replace(self._file)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadChoice:
-    """How a head is fitted.
-
-    Attributes:
-        centred: whether centres stand beside the linear part.
-    """
-
-    inverse_regularisation: float
-    centred: bool
 
 
 def validated_head(
@@ -83,27 +106,23 @@ def validated_head(
     candidates: Sequence[float],
     seed: int,
     advance: Callable[[int, int], Any] = lambda done, total: None,
-) -> tuple[HeadChoice, dict[str, float]]:
-    """The best of some inverse regularisations, with or without centres, and its accuracies.
+) -> tuple[float, SourceScores]:
+    """The best of some inverse regularisations of the linear part, and its accuracies.
 
     Returns:
-        The choice, and its accuracy on each source when it is left out. Without folds there are no
-        centres, whose worth shows on other sources alone, and the rest is compared out of fold.
+        The value, and its accuracy on each source when it is left out. Without folds values are
+        compared out of fold.
     """
-    choices = [HeadChoice(value, centred) for value in candidates for centred in (False, True)]
     if not folds:
-        plain = [choice for choice in choices if not choice.centred]
-        return max(plain, key=partial(_out_of_fold_accuracy, data, vectors, seed)), {}
-    scores: dict[HeadChoice, dict[str, float]] = {choice: {} for choice in choices}
+        return max(
+            candidates, key=partial(_out_of_fold_accuracy, data, vectors, seed)
+        ), SourceScores()
+    scores = {value: SourceScores() for value in candidates}
     for done, fold in enumerate(folds):
-        for choice, score in _fold_accuracies(data, vectors, fold, choices, seed).items():
-            scores[choice][fold.name] = score
+        for value, pair in _fold_accuracies(data, vectors, fold, candidates, seed).items():
+            scores[value].add(fold.name, *pair)
         advance(done + 1, len(folds))
-
-    def worth(choice: HeadChoice) -> float:
-        return mean_score(scores[choice]) - LEAST_GAIN * choice.centred
-
-    best = max(choices, key=worth)
+    best = max(candidates, key=lambda value: mean_score(scores[value].plain))
     return best, scores[best]
 
 
@@ -132,15 +151,10 @@ def some_rows(
 
 
 def _out_of_fold_accuracy(
-    data: LabelledPrompts, vectors: Vectors, seed: int, choice: HeadChoice
+    data: LabelledPrompts, vectors: Vectors, seed: int, inverse_regularisation: float
 ) -> float:
     logits = out_of_fold_logits(
-        vectors,
-        data.targets,
-        data.weights,
-        choice.inverse_regularisation,
-        choice.centred,
-        seed,
+        vectors, data.targets, data.weights, inverse_regularisation, centred=False, seed=seed
     )
     return domain_accuracy(logits, data.targets, len(data.labels))
 
@@ -149,19 +163,22 @@ def _fold_accuracies(
     data: LabelledPrompts,
     vectors: Vectors,
     fold: SourceFold,
-    choices: Sequence[HeadChoice],
+    candidates: Sequence[float],
     seed: int,
-) -> dict[HeadChoice, float]:
-    """Accuracy of each choice on what the fold leaves out."""
+) -> dict[float, tuple[float, float]]:
+    """Accuracy of each value on what the fold leaves out, without and with centres."""
     kept = some_rows(data, fold.kept(len(data.rows)), HEAD_ROWS, seed)
     train = data.take(kept)
     held_out = list(fold.held_out)
     targets, labels = data.targets[held_out], len(data.labels)
     centres = find_centres(vectors[kept], train.targets, seed)
-    fit = cache(partial(fit_head, vectors[kept], train.targets, train.weights))
-    accuracies = {}
-    for choice in choices:
-        head = fit(choice.inverse_regularisation)
-        head = head.with_centres(*centres) if choice.centred else head
-        accuracies[choice] = domain_accuracy(head.logits(vectors[held_out]), targets, labels)
-    return accuracies
+
+    def score(head: RouterHead) -> float:
+        return domain_accuracy(head.logits(vectors[held_out]), targets, labels)
+
+    heads = {
+        value: fit_head(vectors[kept], train.targets, train.weights, value) for value in candidates
+    }
+    return {
+        value: (score(head), score(head.with_centres(*centres))) for value, head in heads.items()
+    }
