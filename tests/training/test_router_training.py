@@ -35,6 +35,7 @@ from polymath.training.labelled import LabelledPrompts
 from polymath.training.linear_head import fit_head
 from polymath.training.prompt_vectors import encode_prompts
 from polymath.training.reference_prompts import choose_references
+from polymath.training.router_validation import SourceScores
 from tests.training.conftest import (
     DOMAINS,
     WORDS,
@@ -305,7 +306,11 @@ def test_the_better_of_both_ways_is_kept(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: bool, score: float
 ) -> None:
     scores = {"first": score, "second": score}
-    monkeypatch.setattr(router_training._Training, "_validated_finetuning", lambda *_: dict(scores))
+    monkeypatch.setattr(
+        router_training._Training,
+        "_validated_finetuning",
+        lambda *_: SourceScores(dict(scores), dict(scores)),
+    )
     artifact = run(recipe=TUNED)
     run(recipe=FROZEN, out=tmp_path / "frozen")
     same = (
