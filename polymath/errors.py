@@ -5,7 +5,6 @@ The wire format is the error object of the OpenAI API reference:
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 __all__ = [
     "AdapterError",
@@ -22,6 +21,10 @@ __all__ = [
     "RequestTooLarge",
     "RouterArtifactError",
     "UnsupportedParameter",
+    "UpstreamFailed",
+    "UpstreamRefused",
+    "UpstreamTimeout",
+    "UpstreamUnavailable",
 ]
 
 
@@ -33,9 +36,9 @@ class PolymathError(Exception):
         param: the request field or config key that caused it.
     """
 
-    code: ClassVar[str] = "internal_error"
-    type: ClassVar[str] = "server_error"
-    status: ClassVar[int] = 500
+    code: str = "internal_error"
+    type: str = "server_error"
+    status: int = 500
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -112,6 +115,47 @@ class GenerationFailed(PolymathError):
     """A decode group raised; the other groups go on."""
 
     code = "generation_failed"
+
+
+class UpstreamFailed(PolymathError):
+    """An upstream cannot be reached, or sent what is no answer."""
+
+    code = "upstream_error"
+    status = 502
+
+
+class UpstreamTimeout(UpstreamFailed):
+    code = "upstream_timeout"
+    status = 504
+
+
+class UpstreamUnavailable(UpstreamFailed):
+    """The upstream failed often of late and is not asked before `retry_after` seconds."""
+
+    code = "upstream_unavailable"
+    status = 503
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(self.retry_after)}
+
+
+class UpstreamRefused(PolymathError):
+    """The upstream found the request wrong; its status and error object are the client's."""
+
+    type = "invalid_request_error"
+
+    def __init__(
+        self, message: str, status: int, code: str, *, type: str, param: str | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.status = status
+        self.code = code
+        self.type = type
 
 
 class ConfigError(PolymathError):

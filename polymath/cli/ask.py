@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,8 +52,6 @@ def chat(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Talk to the experts in the terminal; an empty line or Ctrl-D ends the talk."""
-    import asyncio
-
     asyncio.run(_chat(config, model, max_tokens, prompt))
 
 
@@ -72,7 +71,7 @@ async def _chat(config: ConfigOption, model: str, max_tokens: int, prompt: str |
             if prompt:
                 return
     finally:
-        service.engine.close()
+        await service.close()
 
 
 def _question() -> str:
@@ -90,16 +89,15 @@ def _readable(text: str) -> str:
 async def _answer(
     service: ChatService, model: str, messages: list[dict[str, str]], max_tokens: int
 ) -> str:
-    from polymath.gateway import ChatRequest
-
-    request = ChatRequest.model_validate(
-        {"model": model, "messages": messages, "max_tokens": max_tokens}
-    )
-    answer = await service.answer(request)
-    typer.secho(f"[{answer.expert.name}] ", dim=True, nl=False)
+    request = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
+    decision = await asyncio.to_thread(service.decide, request, {})
+    events = await service.answering(decision).stream(request)
+    typer.secho(f"[{decision.expert}] ", dim=True, nl=False)
     pieces = []
-    async for chunk in answer.completions[0]:
-        typer.echo(chunk.text, nl=False)
-        pieces.append(chunk.text)
+    async for chunk in events:
+        for choice in chunk["choices"]:
+            piece = choice["delta"].get("content") or ""
+            typer.echo(piece, nl=False)
+            pieces.append(piece)
     typer.echo()
     return "".join(pieces)

@@ -25,6 +25,14 @@ from polymath.experts.combiner import (
 )
 from polymath.experts.completion import Completion
 from polymath.experts.engine import Engine, EngineStats
+from polymath.experts.expert_settings import (
+    Deployment,
+    ExampleTurn,
+    ExpertSettings,
+    JudgeSettings,
+    Price,
+    SamplingDefaults,
+)
 from polymath.experts.gradient_features import (
     AdamMoments,
     GradientFeatures,
@@ -54,14 +62,7 @@ from polymath.experts.plan import (
 from polymath.experts.projection import SignProjection
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
-from polymath.experts.settings import (
-    BaseModelSettings,
-    EngineSettings,
-    ExampleTurn,
-    ExpertSettings,
-    Price,
-    SamplingDefaults,
-)
+from polymath.experts.settings import BaseModelSettings, EngineSettings, Section
 from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "CombinerState",
     "Completion",
     "DecodeGroup",
+    "Deployment",
     "Engine",
     "EngineSettings",
     "EngineStats",
@@ -87,6 +89,7 @@ __all__ = [
     "Grammar",
     "GrammarKind",
     "GrammarSpec",
+    "JudgeSettings",
     "LoraModel",
     "Message",
     "Mixture",
@@ -100,6 +103,7 @@ __all__ = [
     "SamplingDefaults",
     "SamplingParams",
     "ScoredToken",
+    "Section",
     "Select",
     "SignProjection",
     "Vocabulary",

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polymath.experts.chat import Message, frame_conversation, render_chat
+from polymath.experts.expert_settings import ExpertSettings, SamplingDefaults
 from polymath.experts.group import Row
 from polymath.experts.lora_model import LoraModel
-from polymath.experts.settings import (
-    BaseModelSettings,
-    EngineSettings,
-    ExpertSettings,
-    SamplingDefaults,
-)
+from polymath.experts.settings import BaseModelSettings, EngineSettings
 
 __all__ = ["Expert", "adapters_on", "build_catalog", "expert_row", "load_models"]
 

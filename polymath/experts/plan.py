@@ -16,9 +16,9 @@ from polymath.experts.combiner import (
     Select,
     WeightedLogits,
 )
+from polymath.experts.expert_settings import ExpertSettings
 from polymath.experts.group import Row
 from polymath.experts.lora_model import LoraModel
-from polymath.experts.settings import ExpertSettings
 from polymath.experts.vocabulary import Vocabulary
 
 __all__ = [
@@ -106,7 +106,7 @@ def vocabulary_conflicts(
     """
     for expert in catalog.values():
         parts = [catalog[name] for name in expert.settings.parts()]
-        bases = [part.settings.base_model or "" for part in parts]
+        bases = [part.settings.base_model for part in parts if part.settings.base_model]
         for first, other in unlike_vocabularies(bases, vocabulary_of):
             yield (
                 expert.name,

@@ -1,10 +1,11 @@
 """The chat endpoint. Imports router, experts and proxy; never training."""
 
 from polymath.gateway.config import ConfigFile, load_config, read_config
+from polymath.gateway.local_answers import Answer
 from polymath.gateway.prepare import Prepared, open_router, prepare
 from polymath.gateway.protocol import ChatRequest
 from polymath.gateway.schema import config_schema
-from polymath.gateway.service import Answer, ChatService, decide, open_service
+from polymath.gateway.service import ChatService, decide, open_service
 from polymath.gateway.settings import ROUTED_MODELS, ServerSettings, Settings
 
 __all__ = [

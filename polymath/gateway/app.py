@@ -15,13 +15,13 @@ from polymath import __version__
 from polymath.errors import ModelNotFound, NotReady
 from polymath.experts import Engine, Expert, build_catalog
 from polymath.gateway.adapters import AdapterUpdates
-from polymath.gateway.completion import ChatCompletion, decision_headers
+from polymath.gateway.completion import ExplainedEvents, decision_headers, explained
 from polymath.gateway.failures import handle_failures
 from polymath.gateway.metrics import metrics_response
 from polymath.gateway.middleware import BodyLimit, RequestId
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import (
-    ChatRequest,
+    ChatBody,
     LoadAdapterRequest,
     RouteRequest,
     UnloadAdapterRequest,
@@ -106,10 +106,10 @@ class Gateway:
             return
         logger.info("ready: %s", ", ".join(self.catalog))
 
-    def close(self) -> None:
-        """End the engine."""
+    async def close(self) -> None:
+        """Close the connections to upstreams and end the engine."""
         if self._service is not None:
-            self._service.engine.close()
+            await self._service.close()
 
     def model_card(self, name: str) -> dict[str, Any]:
         """One entry of `GET /v1/models`.
@@ -145,7 +145,7 @@ def create_app(gateway: Gateway) -> FastAPI:
         loading.cancel()
         with suppress(asyncio.CancelledError):
             await loading
-        await asyncio.to_thread(gateway.close)
+        await gateway.close()
 
     app = FastAPI(title="Polymath", version=__version__, lifespan=lifespan)
     app.router.route_class = StrictJsonRoute
@@ -178,28 +178,28 @@ def _add_endpoints(app: FastAPI) -> None:
     app.get("/readyz", response_model=None)(readyz)
 
 
-async def chat_completions(body: ChatRequest, request: Request, gateway: Shared) -> Response:
+async def chat_completions(body: ChatBody, request: Request, gateway: Shared) -> Response:
     """Answer a conversation, whole or as a stream."""
-    answer = await gateway.service.answer(body, request.headers)
+    service, asked = gateway.service, body.model_dump()
+    decision = await asyncio.to_thread(service.decide, asked, request.headers)
     logger.info(
         "%s answers (%s, confidence %.2f) for user %s, metadata %s",
-        answer.expert.name,
-        answer.decision.source,
-        answer.decision.confidence,
-        body.user,
-        body.metadata,
+        decision.expert,
+        decision.source,
+        decision.confidence,
+        asked.get("user"),
+        asked.get("metadata"),
     )
-    completion = ChatCompletion(body, answer)
-    headers = decision_headers(answer.decision)
+    headers, expert = decision_headers(decision), service.answering(decision)
     if body.stream:
-        return EventStream(completion.chunks(), answer.close, headers)
-    try:
-        whole = await unless_disconnected(request.receive, completion.whole())
-    finally:
-        answer.close()
-    if whole is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return _json(whole, headers=headers)
+        events = await unless_disconnected(request.receive, expert.stream(asked))
+        if events is not None:
+            return EventStream(ExplainedEvents(events, decision), headers)
+    else:
+        whole = await unless_disconnected(request.receive, expert.whole(asked))
+        if whole is not None:
+            return _json(explained(whole, decision), headers=headers)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def route(body: RouteRequest, request: Request, gateway: Shared) -> Response:
@@ -235,7 +235,7 @@ async def unload_lora_adapter(body: UnloadAdapterRequest, gateway: Shared) -> Re
 
 async def metrics(gateway: Shared) -> Response:
     """What the engine counts, for Prometheus."""
-    return metrics_response(gateway.engine.stats)
+    return metrics_response(gateway.engine.stats, gateway.service.upstreams)
 
 
 async def healthz() -> Response:
@@ -260,7 +260,7 @@ def _about(expert: Expert) -> dict[str, Any]:
         "kind": settings.kind,
         "description": settings.description,
         "base_model": settings.base_model,
-        "members": list(settings.parts()),
+        "members": [*settings.parts(), *settings.helpers()],
         "domains": list(expert.domains),
         "price": settings.price.model_dump() if settings.price else None,
     }

@@ -8,11 +8,12 @@ from typing import Any
 from urllib.parse import quote
 
 from polymath.experts import Chunk, Completion, ScoredToken
+from polymath.gateway.local_answers import Answer
 from polymath.gateway.protocol import ChatRequest
-from polymath.gateway.service import Answer
+from polymath.proxy import Events
 from polymath.router import RouteDecision
 
-__all__ = ["ChatCompletion", "decision_headers"]
+__all__ = ["ChatCompletion", "ExplainedEvents", "decision_headers", "explained"]
 
 
 class ChatCompletion:
@@ -41,7 +42,6 @@ class ChatCompletion:
             "object": "chat.completion",
             "choices": [choice.to_dict(self._request) for choice in choices],
             "usage": self._usage(),
-            "polymath": self._answer.decision.to_dict(),
         }
         if self._request.metadata is not None:
             body["metadata"] = self._request.metadata
@@ -51,7 +51,7 @@ class ChatCompletion:
         """The `chat.completion.chunk` objects: roles, texts, finish reasons, usage if wanted."""
         for index in range(self._request.n):
             first = {"delta": {"role": "assistant", "content": "", "refusal": None}}
-            yield self._chunk(index, first, polymath=self._answer.decision.to_dict())
+            yield self._chunk(index, first)
         async for index, chunk in _merged(self._answer.completions):
             self._completion_tokens += 1
             if chunk.text or (self._wants_every_token and chunk.token):
@@ -124,6 +124,35 @@ class _Choice:
         if request.polymath.attribution:
             choice["polymath"] = _attributions(self._tokens, self._names)
         return choice
+
+
+def explained(reply: Mapping[str, Any], decision: RouteDecision) -> dict[str, Any]:
+    """An answer or chunk in the name of the expert, with the decision that led to it."""
+    why = {**decision.to_dict(), **reply.get("polymath", {})}
+    return {**reply, "model": decision.expert, "polymath": why}
+
+
+class ExplainedEvents:
+    """A stream in the name of the expert, whose first chunk has the decision."""
+
+    def __init__(self, events: Events, decision: RouteDecision) -> None:
+        self._events = events
+        self._decision = decision
+        self._first = True
+
+    def __aiter__(self) -> "ExplainedEvents":
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        chunk = await anext(self._events)
+        if self._first:
+            self._first = False
+            return explained(chunk, self._decision)
+        return {**chunk, "model": self._decision.expert}
+
+    async def aclose(self) -> None:
+        """Close the stream."""
+        await self._events.aclose()
 
 
 def decision_headers(decision: RouteDecision) -> dict[str, str]:

@@ -6,9 +6,8 @@ of the environment can never change the structure of the file. `$${` stands for 
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,15 +16,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from polymath.errors import ConfigError
-from polymath.gateway.settings import ROUTED_MODELS, Settings
+from polymath.gateway.contradictions import KeyPath, contradictions, suggestion
+from polymath.gateway.settings import Settings
 
 __all__ = ["ConfigFile", "KeyPath", "load_config", "read_config"]
-
-KeyPath = tuple[str | int, ...]
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
 FORM = re.compile(r"^(dict|tuple)\[")
 """How pydantic marks in a location which form of `members` it tried."""
+
+SECRETS = frozenset({"api_key", "headers"})
+"""Keys whose values are not shown."""
 
 VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
 
@@ -55,7 +56,7 @@ def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFi
         ConfigError: one line for each problem.
     """
     file = read_config(path, environ)
-    if problems := [file.problem(key, message) for key, message in _contradictions(file.settings)]:
+    if problems := [file.problem(key, message) for key, message in contradictions(file.settings)]:
         raise ConfigError(problems)
     return file
 
@@ -215,29 +216,23 @@ def _explain(detail: ErrorDetails) -> tuple[KeyPath, str]:
         return key, f"must be a mapping or a list, found {_shown(given)}"
     if kind == "extra_forbidden":
         names = sorted(_fields_at(key[:-1]))
-        return key, f"unknown key{_suggestion(str(key[-1]), names)}"
+        return key, f"unknown key{suggestion(str(key[-1]), names)}"
     if kind == "missing":
         return key, "missing; this key is required"
     if kind == "literal_error":
         expected: list[str] = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-        return key, f"{given!r} is not one of {', '.join(expected)}{_suggestion(given, expected)}"
+        return key, f"{given!r} is not one of {', '.join(expected)}{suggestion(given, expected)}"
     if kind == "model_type":
         return key, f"must hold keys: {', '.join(sorted(_fields_at(key)))}, found {_shown(given)}"
     if kind == "value_error":
         return key, str(detail["ctx"]["error"])
-    return key, f"{detail['msg'][0].lower()}{detail['msg'][1:]}, found {_shown(given)}"
+    found = "" if SECRETS.intersection(map(str, key)) else f", found {_shown(given)}"
+    return key, f"{detail['msg'][0].lower()}{detail['msg'][1:]}{found}"
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _suggestion(given: Any, names: list[str]) -> str:
-    close = get_close_matches(str(given), names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; valid here: {', '.join(names)}" if names else ""
 
 
 def _fields_at(key: KeyPath) -> list[str]:
@@ -261,65 +256,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models_in(inner)]
-
-
-def _contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
-    """What each section alone cannot see."""
-    bases, experts = list(settings.base_models), list(settings.experts)
-    for section, names in (("base_models", bases), ("experts", experts)):
-        for name in names:
-            if name in ROUTED_MODELS:
-                yield (section, name), "this name is reserved for the router; choose another"
-    for name in set(bases) & set(experts):
-        yield ("experts", name), "a base model has this name already; choose another"
-    for name, expert in settings.experts.items():
-        if expert.base_model is not None and expert.base_model not in bases:
-            message = f"no base model {expert.base_model!r}{_suggestion(expert.base_model, bases)}"
-            yield ("experts", name, "base_model"), message
-        yield from _unfit_parts(settings, name)
-        if expert.adapter is not None and not expert.adapter.is_dir():
-            yield ("experts", name, "adapter"), _missing_folder(expert.adapter)
-    yield from _shared_domains(settings)
-    if settings.router.fallback not in [*bases, *experts]:
-        hint = _suggestion(settings.router.fallback, experts)
-        yield ("router", "fallback"), f"no expert {settings.router.fallback!r}{hint}"
-    for index, rule in enumerate(settings.router.rules):
-        if rule.expert not in [*bases, *experts]:
-            hint = _suggestion(rule.expert, experts)
-            yield ("router", "rules", index, "expert"), f"no expert {rule.expert!r}{hint}"
-    for key in ("path", "clusters"):
-        folder = getattr(settings.router, key)
-        if folder is not None and not folder.is_dir():
-            yield ("router", key), _missing_folder(folder)
-
-
-def _unfit_parts(settings: Settings, name: str) -> Iterator[tuple[KeyPath, str]]:
-    """Experts that an ensemble or a proxy-tuned expert names and that it cannot combine."""
-    simple = [*settings.base_models]
-    simple += [other for other, expert in settings.experts.items() if not expert.parts()]
-    for part, key in settings.experts[name].parts().items():
-        if part in simple:
-            continue
-        reason = (
-            f"{part!r} combines experts itself; name those"
-            if part in settings.experts
-            else f"no expert {part!r}{_suggestion(part, simple)}"
-        )
-        yield ("experts", name, key), reason
-
-
-def _shared_domains(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
-    owners: dict[str, str] = {}
-    for name, expert in settings.experts.items():
-        for domain in expert.domains_of(name):
-            if (owner := owners.setdefault(domain, name)) != name:
-                message = f"domain {domain!r} belongs to expert {owner!r} already"
-                yield ("experts", name, "domains"), message
-
-
-def _missing_folder(folder: Path) -> str:
-    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    names = {path.name: path for path in siblings if path.is_dir()}
-    close = get_close_matches(folder.name, list(names), n=1)
-    hint = f"; did you mean {names[close[0]]}?" if close else ""
-    return f"{folder} does not exist{hint}"

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from polymath.errors import InvalidRequest, PolymathError, UnsupportedParameter
 
-__all__ = ["error_response", "handle_failures"]
+__all__ = ["error_response", "first_problem", "handle_failures"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,7 @@ class HttpError(PolymathError):
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self._status = status
-
-    def response(self) -> Response:
-        return _response(self, self._status)
+        self.status = status
 
 
 def handle_failures(app: FastAPI) -> None:
@@ -42,12 +39,12 @@ def handle_failures(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return error_response(_first_problem(error.errors()))
+        return error_response(first_problem(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return HttpError(error.status_code, message).response()
+        return error_response(HttpError(error.status_code, message))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
@@ -57,17 +54,18 @@ def handle_failures(app: FastAPI) -> None:
 
 def error_response(error: PolymathError) -> Response:
     """The error as a JSON response with its status and headers."""
-    return _response(error, error.status)
-
-
-def _response(error: PolymathError, status: int) -> Response:
     body = orjson.dumps(error.body())
-    return Response(body, status, error.headers, "application/json")
+    return Response(body, error.status, error.headers, "application/json")
 
 
-def _first_problem(details: Sequence[Any]) -> PolymathError:
+def first_problem(details: Sequence[Any], root: tuple[str, ...] = ("body",)) -> PolymathError:
+    """The first of pydantic's problems with a request.
+
+    Args:
+        root: where the request stands in the locations.
+    """
     detail = details[0]
-    path = _param(detail["loc"][1:])
+    path = _param(detail["loc"][len(root) :])
     kind = detail["type"]
     if kind == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {detail['ctx']['error']}.")

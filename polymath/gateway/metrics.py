@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, get_args
 
 from starlette.responses import Response
 
 from polymath.experts import EngineStats
+from polymath.proxy import BreakerState, Upstream
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -31,6 +32,9 @@ COUNTERS = {
 }
 
 
+BREAKER_STATES = get_args(BreakerState)
+
+
 class _EngineMetrics:
     """Reads the engine when Prometheus asks."""
 
@@ -51,10 +55,42 @@ class _EngineMetrics:
         )
 
 
-def metrics_response(stats: Callable[[], EngineStats]) -> Response:
-    """What the engine counts, as Prometheus reads it."""
+class _UpstreamMetrics:
+    """Reads the upstreams when Prometheus asks."""
+
+    def __init__(self, upstreams: Mapping[str, Upstream]) -> None:
+        self._upstreams = upstreams
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        labels = ("expert", "api_base")
+        breaker = GaugeMetricFamily(
+            "polymath_upstream_breaker_state",
+            "Circuit breaker of a deployment: 1 for the state it is in.",
+            labels=(*labels, "state"),
+        )
+        outstanding = GaugeMetricFamily(
+            "polymath_upstream_outstanding_requests", "Requests being answered.", labels=labels
+        )
+        for name, upstream in self._upstreams.items():
+            for server in upstream.servers:
+                outstanding.add_metric((name, server.api_base), server.outstanding)
+                for state in BREAKER_STATES:
+                    here = float(server.breaker.state == state)
+                    breaker.add_metric((name, server.api_base, state), here)
+        yield breaker
+        yield outstanding
+
+
+def metrics_response(
+    stats: Callable[[], EngineStats], upstreams: Mapping[str, Upstream]
+) -> Response:
+    """What the engine and the upstreams count, as Prometheus reads it."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
     registry.register(_EngineMetrics(stats))
+    if upstreams:
+        registry.register(_UpstreamMetrics(upstreams))
     return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -14,15 +14,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     Strict,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from polymath.experts import GrammarKind, GrammarSpec
 
 __all__ = [
+    "ChatBody",
     "ChatMessage",
     "ChatRequest",
     "LoadAdapterRequest",
@@ -178,13 +180,15 @@ class PolymathOptions(Wire):
 
     Attributes:
         attribution: say for each token which expert raised its probability most, and all weights.
+        alpha: in place of the config's, of an expert that is proxy-tuned.
     """
 
     attribution: bool = False
+    alpha: float | None = None
 
 
 class ChatRequest(Wire):
-    """Body of `POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`, as the engine understands it."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
@@ -261,6 +265,26 @@ class ChatRequest(Wire):
     def conversation(self) -> list[dict[str, str]]:
         """The turns in Hugging Face's chat format."""
         return [message.turn() for message in self.messages]
+
+
+class ChatBody(BaseModel):
+    """Body of `POST /v1/chat/completions`, as far as must be known to choose who answers.
+
+    What else there is goes to an upstream as it came; the engine is stricter (`ChatRequest`).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    model: str
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream: bool | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """That of a request to the engine, which is documented."""
+        return handler(ChatRequest.__pydantic_core_schema__)
 
 
 class LoadAdapterRequest(Wire):

@@ -1,77 +1,34 @@
-"""From a chat request to running decode groups: decide, plan, submit."""
+"""Who answers a chat request: an expert of the engine, or one behind HTTP."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
-from polymath.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound
-from polymath.experts import (
-    Combiner,
-    Completion,
-    DecodeGroup,
-    Engine,
-    EngineSettings,
-    Expert,
-    Mixture,
-    Plan,
-    Posterior,
-    SamplingParams,
-    WeightedLogits,
-    build_catalog,
-    load_models,
-    plan_answer,
-    plan_together,
-)
+from pydantic import ValidationError
+
+from polymath.errors import ModelNotFound
+from polymath.experts import Engine, EngineSettings, Expert, build_catalog, load_models
+from polymath.gateway.completion import ChatCompletion
+from polymath.gateway.failures import first_problem
+from polymath.gateway.local_answers import LocalAnswers
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest
 from polymath.gateway.settings import ROUTED_MODELS
-from polymath.router import Combine, Message, RouteDecision, Router
+from polymath.proxy import Answering, Body, Cascade, Events, Guided, Relay, Upstream, text_of
+from polymath.router import Message, RouteDecision, Router
 
-__all__ = ["Answer", "ChatService", "decide", "open_service"]
-
-SEEDS = 2**63
-
-COMBINERS: Mapping[Combine, Callable[[tuple[float, ...]], Combiner]] = {
-    "ensemble": Mixture,
-    "posterior": Posterior,
-    "logits": WeightedLogits,
-}
-"""By what the router says of experts that answer together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A request that is being answered: who answers, and one running completion per choice."""
-
-    decision: RouteDecision
-    expert: Expert
-    plan: Plan
-    completions: Sequence[Completion]
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of the first row; the others may have prompts of their own."""
-        return len(self.plan.rows[0].prompt)
-
-    def close(self) -> None:
-        """Stop generating; to be called when the client has gone or has all it wants."""
-        for completion in self.completions:
-            completion.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A request that can be submitted."""
-
-    decision: RouteDecision
-    expert: Expert
-    plan: Plan
-    sampling: SamplingParams
+__all__ = ["ChatService", "decide", "open_service"]
 
 
 class ChatService:
-    """Answers chat requests with the experts of one engine."""
+    """The experts of a config, ready to answer.
+
+    Args:
+        catalog: experts by name; what is added to it can be asked at once.
+
+    Attributes:
+        upstreams: those behind HTTP, by the expert's name.
+    """
 
     def __init__(
         self,
@@ -81,102 +38,87 @@ class ChatService:
         settings: EngineSettings,
     ) -> None:
         self.engine = engine
+        self.local = LocalAnswers(catalog, router, engine, settings)
         self._catalog = catalog
         self._router = router
-        self._settings = settings
-
-    async def answer(
-        self, request: ChatRequest, headers: Mapping[str, str] | None = None
-    ) -> Answer:
-        """Route the request and start answering it.
-
-        Args:
-            headers: of the HTTP request, for the router's rules.
-        Raises:
-            ModelNotFound, InvalidRequest, ContextLengthExceeded, Overloaded: as their names say.
-        """
-        answering = await asyncio.to_thread(self._prepare, request, headers or {})
-        groups = [
-            DecodeGroup(
-                answering.plan.rows,
-                answering.plan.combiner,
-                _with_own_seed(answering.sampling, index),
-                request.polymath.attribution,
-            )
-            for index in range(request.n)
-        ]
-        completions = self.engine.submit(groups)
-        return Answer(answering.decision, answering.expert, answering.plan, completions)
-
-    def _prepare(self, request: ChatRequest, headers: Mapping[str, str]) -> _Prepared:
-        messages: list[Message] = [*request.conversation()]
-        decision = decide(request.model, messages, self._catalog, self._router, headers)
-        expert = self._catalog[decision.expert]
-        plan = self._plan(decision, expert, messages)
-        return _Prepared(decision, expert, plan, self._sampling(request, expert, plan))
-
-    def _plan(self, decision: RouteDecision, expert: Expert, messages: Sequence[Message]) -> Plan:
-        catalog, models = self._catalog, self.engine.models
-        weights = decision.weights
-        if decision.combine != "select":
-            rows = {name: w for name, w in weights.items() if not catalog[name].settings.parts()}
-            if decision.expert in rows and len(rows) > 1:
-                combiner = COMBINERS[decision.combine]
-                return plan_together(catalog, models, messages, rows, combiner)
-        if decision.source == "explicit" and expert.settings.weighs_by_router:
-            weights = self._router.route(messages).weights
-        return plan_answer(expert, catalog, models, messages, weights)
-
-    def _sampling(self, request: ChatRequest, expert: Expert, plan: Plan) -> SamplingParams:
-        """The request's values, else the expert's, else the defaults of OpenAI."""
-        models = [self.engine.models[row.base_model] for row in plan.rows]
-        self._check_request(request, len(models[0].vocabulary))
-        chosen: dict[str, Any] = {
-            name: _first(getattr(request, name), getattr(expert.sampling, name))
-            for name in (
-                "temperature",
-                "top_p",
-                "top_k",
-                "min_p",
-                "frequency_penalty",
-                "presence_penalty",
-            )
+        self.upstreams = {
+            name: Upstream(name, expert.settings)
+            for name, expert in catalog.items()
+            if expert.settings.kind == "upstream"
         }
-        wanted = request.grammar
-        longest = max(len(row.prompt) for row in plan.rows)
-        context = min(model.context_length for model in models)
-        return SamplingParams(
-            max_tokens=self._max_tokens(request, expert, longest, context),
-            stop=expert.sampling.stop if request.stop is None else request.stop,
-            seed=request.seed,
-            logit_bias=request.logit_bias,
-            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            ignore_eos=request.ignore_eos,
-            grammar=None if wanted is None else models[0].grammars.compile(wanted),
-            **{name: value for name, value in chosen.items() if value is not None},
-        )
+        self._remote = dict(self._remote_experts())
 
-    def _check_request(self, request: ChatRequest, vocabulary: int) -> None:
-        for token in request.logit_bias:
-            if token >= vocabulary:
-                raise InvalidRequest(
-                    f"logit_bias: token {token} is not in the vocabulary of {vocabulary} tokens.",
-                    param="logit_bias",
-                )
-        most = self._settings.max_num_seqs + self._settings.max_waiting
-        if request.n > most:
-            raise InvalidRequest(f"n: at most {most} choices are possible here.", param="n")
+    def decide(self, body: Body, headers: Mapping[str, str]) -> RouteDecision:
+        """Who shall answer a request.
 
-    def _max_tokens(self, request: ChatRequest, expert: Expert, prompt: int, context: int) -> int:
-        if request.limit is not None:
-            return request.limit
-        if prompt >= context:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {context} tokens. However, your messages "
-                f"have {prompt} tokens. Please reduce the length of the messages.",
-                param="messages",
-            )
-        return min(expert.sampling.max_tokens or self._settings.max_tokens, context - prompt)
+        Raises:
+            ModelNotFound: nobody is called so.
+        """
+        return decide(body["model"], turns_of(body), self._catalog, self._router, headers)
+
+    def answering(self, decision: RouteDecision) -> Answering:
+        """Who answers as the router decided."""
+        return self._remote.get(decision.expert) or LocalExpert(self.local, decision)
+
+    def ask(self, name: str) -> Answering:
+        """The expert of a name.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        return self.answering(explicit(name, self._catalog))
+
+    async def close(self) -> None:
+        """Close the connections and end the engine."""
+        for upstream in self.upstreams.values():
+            await upstream.close()
+        await asyncio.to_thread(self.engine.close)
+
+    def _remote_experts(self) -> Iterator[tuple[str, Answering]]:
+        for name, expert in self._catalog.items():
+            settings = expert.settings
+            if settings.kind == "upstream":
+                yield name, Relay(self.upstreams[name], settings, self.ask)
+            elif settings.kind == "guided":
+                yield name, Guided(settings, self.ask)
+            elif settings.kind == "cascade":
+                yield name, Cascade(settings, self.ask, self._confidence)
+
+    async def _confidence(self, body: Body) -> float:
+        decision = await asyncio.to_thread(self._router.route, turns_of(body))
+        return decision.confidence
+
+
+class LocalExpert:
+    """An expert of the engine, or several that answer as one."""
+
+    def __init__(self, answers: LocalAnswers, decision: RouteDecision) -> None:
+        self._answers = answers
+        self._decision = decision
+
+    async def whole(self, body: Body) -> dict[str, Any]:
+        request = _local_request(body)
+        answer = await self._answers.start(request, self._decision)
+        try:
+            return await ChatCompletion(request, answer).whole()
+        finally:
+            answer.close()
+
+    async def stream(self, body: Body) -> Events:
+        request = _local_request(body)
+        answer = await self._answers.start(request, self._decision)
+
+        async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+            try:
+                yield {}
+                async for chunk in ChatCompletion(request, answer).chunks():
+                    yield chunk
+            finally:
+                answer.close()
+
+        events = chunks()
+        await anext(events)  # from here on closing it ends the answer
+        return events
 
 
 def open_service(prepared: Prepared, catalog: dict[str, Expert] | None = None) -> ChatService:
@@ -207,23 +149,41 @@ def decide(
     """
     if model in ROUTED_MODELS:
         return router.route(messages, headers)
-    expert = catalog.get(model)
+    return explicit(model, catalog)
+
+
+def explicit(name: str, catalog: Mapping[str, Expert]) -> RouteDecision:
+    """The decision for an expert that is named.
+
+    Raises:
+        ModelNotFound: no expert or base model is called so.
+    """
+    expert = catalog.get(name)
     if expert is None:
         raise ModelNotFound(
-            f"The model {model!r} does not exist. Available models: "
+            f"The model {name!r} does not exist. Available models: "
             f"{', '.join([ROUTED_MODELS[0], *catalog])}.",
             param="model",
         )
     domain = expert.domains[0] if expert.domains else None
-    return RouteDecision({model: 1.0}, confidence=1.0, domain=domain, source="explicit")
+    return RouteDecision({name: 1.0}, confidence=1.0, domain=domain, source="explicit")
 
 
-def _with_own_seed(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Choice `index` of a request draws from its own seed, or all choices would be alike."""
-    if sampling.seed is None or index == 0:
-        return sampling
-    return replace(sampling, seed=(sampling.seed + index) % SEEDS)
+def turns_of(body: Body) -> list[Message]:
+    """The text of a conversation, as the router reads it."""
+    return [
+        {"role": str(message.get("role")), "content": text_of(message.get("content"))}
+        for message in body["messages"]
+    ]
 
 
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
+def _local_request(body: Body) -> ChatRequest:
+    """The request as the engine understands it.
+
+    Raises:
+        InvalidRequest: it has fields or values that the engine does not know.
+    """
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise first_problem(error.errors(), ()) from None

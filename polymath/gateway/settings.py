@@ -64,7 +64,12 @@ class Settings(BaseModel):
         A Hugging Face id as an expert's `base_model` becomes a base model of that name.
         """
         experts = {
-            name: expert.model_copy(update={"adapter": expert.adapter and root / expert.adapter})
+            name: expert.model_copy(
+                update={
+                    "adapter": expert.adapter and root / expert.adapter,
+                    "judge": expert.judge and expert.judge.located(root),
+                }
+            )
             for name, expert in self.experts.items()
         }
         hub_ids = {e.base_model for e in experts.values() if e.base_model and "/" in e.base_model}

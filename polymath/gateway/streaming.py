@@ -1,7 +1,7 @@
 """Answers over a connection that may go away: server-sent events, and work that ends with it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from polymath.errors import PolymathError
+from polymath.proxy import Events
 
 __all__ = ["EventStream", "unless_disconnected"]
 
@@ -21,28 +22,26 @@ class EventStream(Response):
     """JSON objects as server-sent events (WHATWG HTML, section 9.2), ended by OpenAI's `[DONE]`.
 
     Args:
-        events: the objects; a PolymathError among them becomes an error event, the last one.
-        close: called when the stream is over, however it ends.
+        events: the objects; a PolymathError among them becomes an error event, the last one. They
+            are closed when the stream is over, however it ends.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        events: AsyncIterator[Mapping[str, Any]],
-        close: Callable[[], None],
+        events: Events,
         headers: Mapping[str, str],
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **headers})
         del self.headers["content-length"]
         self._events = events
-        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_disconnected(receive, self._send_all(send))
         finally:
-            self._close()
+            await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

@@ -1,3 +1,30 @@
-"""Black-box models: upstreams, proxy-tuning, learned combination. Imports experts alone."""
+"""Black-box models: upstreams, guidance, cascades. Imports experts alone."""
 
-__all__ = []
+from polymath.proxy.answering import Answering, Ask, Body, Events
+from polymath.proxy.cascade import Cascade
+from polymath.proxy.circuit_breaker import BreakerState, CircuitBreaker
+from polymath.proxy.guidance import Guided
+from polymath.proxy.judges import Confidence, Reference, read_references
+from polymath.proxy.messages import FirstNoted, answer_text, noted, text_of
+from polymath.proxy.relay import Relay
+from polymath.proxy.upstream import Upstream
+
+__all__ = [
+    "Answering",
+    "Ask",
+    "Body",
+    "BreakerState",
+    "Cascade",
+    "CircuitBreaker",
+    "Confidence",
+    "Events",
+    "FirstNoted",
+    "Guided",
+    "Reference",
+    "Relay",
+    "Upstream",
+    "answer_text",
+    "noted",
+    "read_references",
+    "text_of",
+]

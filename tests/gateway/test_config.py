@@ -34,7 +34,7 @@ engine:
   max_tokens: 64
 """
 
-KINDS = "lora, base, ensemble, proxy_tuned"
+KINDS = "lora, base, ensemble, proxy_tuned, upstream, guided, cascade"
 NO_ENVIRONMENT: dict[str, str] = {}
 
 

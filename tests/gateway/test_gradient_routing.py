@@ -259,7 +259,7 @@ def gateway(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ga
     loaded = Gateway(prepare(load_config(file, environ={})))
     asyncio.run(loaded.load())
     yield loaded
-    loaded.close()
+    asyncio.run(loaded.close())
 
 
 def post(gateway: Gateway, path: str, **body: Any) -> httpx.Response:
@@ -403,7 +403,7 @@ def test_a_hybrid_is_answered_by_the_experts_of_both(copy: Path) -> None:
     try:
         decision = chat(gateway, TEXTS[0])["polymath"]
     finally:
-        gateway.close()
+        asyncio.run(gateway.close())
     assert decision["combine"] == "logits"
     assert decision["domain"] == "law"
     assert decision["weights"]["cluster-0"] == pytest.approx(0.25, abs=0.01)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from polymath.experts import Engine, Posterior
+from polymath.experts import Engine, EngineSettings, Posterior
 from polymath.gateway import Answer, ChatRequest, ChatService
 from polymath.gateway.app import Gateway
 from polymath.router import Combine, Message, RouteDecision
@@ -31,7 +31,7 @@ class DecidedRouter:
 
 
 def service(gateway: Gateway, engine: Engine, router: DecidedRouter) -> ChatService:
-    return ChatService(gateway.catalog, router, engine, gateway.service._settings)
+    return ChatService(gateway.catalog, router, engine, EngineSettings())
 
 
 def request(model: str = "polymath") -> ChatRequest:
@@ -57,9 +57,9 @@ def answered(
     model: str = "polymath",
 ) -> tuple[Answer, str]:
     async def ask() -> tuple[Answer, str]:
-        answer = await service(gateway, engine, DecidedRouter(weights, combine)).answer(
-            request(model)
-        )
+        chats = service(gateway, engine, DecidedRouter(weights, combine))
+        decision = chats.decide(request(model).model_dump(), {})
+        answer = await chats.local.start(request(model), decision)
         return answer, await text_of(answer)
 
     return asyncio.run(ask())
@@ -106,5 +106,5 @@ def test_one_that_combines_others_and_leads_answers_by_itself(
 
 def test_the_router_sees_the_headers_of_the_request(gateway: Gateway, engine: Engine) -> None:
     router = DecidedRouter(HALVES, "select")
-    asyncio.run(service(gateway, engine, router).answer(request(), {"x-team": "clinic"}))
+    service(gateway, engine, router).decide(request().model_dump(), {"x-team": "clinic"})
     assert router.headers == {"x-team": "clinic"}
