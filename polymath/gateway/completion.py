@@ -10,7 +10,7 @@ from urllib.parse import quote
 from polymath.experts import Chunk, Completion, ScoredToken
 from polymath.gateway.local_answers import Answer
 from polymath.gateway.protocol import ChatRequest
-from polymath.proxy import Events
+from polymath.proxy import Events, notes_of
 from polymath.router import RouteDecision
 
 __all__ = ["ChatCompletion", "ExplainedEvents", "decision_headers", "explained"]
@@ -128,7 +128,7 @@ class _Choice:
 
 def explained(reply: Mapping[str, Any], decision: RouteDecision) -> dict[str, Any]:
     """An answer or chunk in the name of the expert, with the decision that led to it."""
-    why = {**decision.to_dict(), **reply.get("polymath", {})}
+    why = {**notes_of(reply), **decision.to_dict()}
     return {**reply, "model": decision.expert, "polymath": why}
 
 

@@ -27,7 +27,8 @@ def serve(prepared: Prepared) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "httpcore", "hpack"):  # they log headers, in which keys may stand
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     listener = _listen(prepared)
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)

@@ -5,7 +5,7 @@ from polymath.proxy.cascade import Cascade
 from polymath.proxy.circuit_breaker import BreakerState, CircuitBreaker
 from polymath.proxy.guidance import Guided
 from polymath.proxy.judges import Confidence, Reference, read_references
-from polymath.proxy.messages import FirstNoted, answer_text, noted, text_of
+from polymath.proxy.messages import FirstNoted, answer_text, noted, notes_of, text_of
 from polymath.proxy.relay import Relay
 from polymath.proxy.upstream import Upstream
 
@@ -25,6 +25,7 @@ __all__ = [
     "Upstream",
     "answer_text",
     "noted",
+    "notes_of",
     "read_references",
     "text_of",
 ]

@@ -33,6 +33,9 @@ Answer B: {second_answer}
 
 Reply with A or B alone."""
 
+MALFORMED = (AttributeError, LookupError, OverflowError, TypeError, ValueError)
+"""What comes of reading an answer that is not of OpenAI's form."""
+
 LONGEST_QUOTE = 1500
 """Characters of a question or answer that the judge is shown."""
 
@@ -72,11 +75,14 @@ def answer_confidence(reply: Mapping[str, Any]) -> float:
     Raises:
         UpstreamFailed: it has none.
     """
-    logprobs = reply["choices"][0].get("logprobs") or {}
-    values = [token["logprob"] for token in logprobs.get("content") or ()]
+    try:
+        logprobs = reply["choices"][0].get("logprobs") or {}
+        values = [float(token["logprob"]) for token in logprobs.get("content") or ()]
+    except MALFORMED as error:
+        raise UpstreamFailed("The cheap expert's log-probabilities cannot be read.") from error
     if not values:
         raise UpstreamFailed("The cheap expert gave no log-probabilities to judge it by.")
-    return float(sum(values) / len(values))
+    return sum(values) / len(values)
 
 
 class MetaRanking:
@@ -111,14 +117,12 @@ class MetaRanking:
 
     async def _preference(self, first: Reference, second: Reference) -> float:
         """Probability of A less that of B."""
-        prompt = RANKING_PROMPT
-        for place, text in (
-            ("{first_prompt}", first.prompt),
-            ("{first_answer}", first.answer),
-            ("{second_prompt}", second.prompt),
-            ("{second_answer}", second.answer),
-        ):
-            prompt = prompt.replace(place, text[:LONGEST_QUOTE])
+        prompt = RANKING_PROMPT.format(
+            first_prompt=first.prompt[:LONGEST_QUOTE],
+            first_answer=first.answer[:LONGEST_QUOTE],
+            second_prompt=second.prompt[:LONGEST_QUOTE],
+            second_answer=second.answer[:LONGEST_QUOTE],
+        )
         request = {
             "model": self._judge,
             "messages": [{"role": "user", "content": prompt}],
@@ -127,14 +131,25 @@ class MetaRanking:
             "logprobs": True,
             "top_logprobs": 20,
         }
-        reply = await self._ask(self._judge).whole(request)
+        return _preference_in(await self._ask(self._judge).whole(request))
+
+
+def _preference_in(reply: Mapping[str, Any]) -> float:
+    """Probability of A less that of B as the first token; 0 if neither is likely.
+
+    Raises:
+        UpstreamFailed: the log-probabilities are of another form.
+    """
+    try:
         logprobs = reply["choices"][0].get("logprobs") or {}
-        tokens = [*(logprobs.get("content") or ()), {}][0].get("top_logprobs", ())
+        tokens = [*(logprobs.get("content") or ()), {}][0].get("top_logprobs") or ()
         a, b = (
             sum(math.exp(t["logprob"]) for t in tokens if t["token"].strip() == letter)
             for letter in "AB"
         )
-        return (a - b) / (a + b) if a + b else 0.0
+    except MALFORMED as error:
+        raise UpstreamFailed("The judge's log-probabilities cannot be read.") from error
+    return (a - b) / (a + b) if a + b else 0.0
 
 
 def weighted_votes(votes: Sequence[float], scores: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ __all__ = [
     "events_of",
     "last_user_text",
     "noted",
+    "notes_of",
     "text_of",
     "with_system_text",
 ]
@@ -52,7 +53,13 @@ def with_system_text(body: Body, text: str) -> Body:
 
 def noted(reply: Mapping[str, Any], note: Mapping[str, Any]) -> dict[str, Any]:
     """An answer or chunk with more to say of how it came about."""
-    return {**reply, "polymath": {**reply.get("polymath", {}), **note}}
+    return {**reply, "polymath": {**notes_of(reply), **note}}
+
+
+def notes_of(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an answer or chunk says of how it came about; an upstream may have put anything here."""
+    notes = reply.get("polymath")
+    return notes if isinstance(notes, Mapping) else {}
 
 
 class FirstNoted:

@@ -43,7 +43,7 @@ class Relay:
 
         async def own() -> dict[str, Any]:
             reply = await self._upstream.post(PATH, outgoing)
-            if not isinstance(reply.get("choices"), list):
+            if not _is_completion(reply):
                 raise UpstreamFailed(f"The upstream of {self._upstream.name} sent no completion.")
             return reply
 
@@ -93,3 +93,16 @@ class Relay:
         own = self._settings.system_prompt
         first = [] if own is None else [{"role": "system", "content": own}]
         return [*first, *body["messages"]]
+
+
+def _is_completion(reply: Mapping[str, Any]) -> bool:
+    """Whether there are choices, each with a message."""
+    choices = reply.get("choices")
+    return (
+        isinstance(choices, list)
+        and bool(choices)
+        and all(
+            isinstance(choice, dict) and isinstance(choice.get("message"), dict)
+            for choice in choices
+        )
+    )

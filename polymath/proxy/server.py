@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
@@ -42,6 +42,9 @@ BUSY = frozenset({408, 409, 429})
 """Another try may do better, as in OpenAI's clients; so it may from 500 on."""
 OUR_KEY = frozenset({401, 403, 407})
 """The upstream does not let this gateway in, which is no fault of the client."""
+
+DRAIN_SECONDS = 0.1
+"""The last bytes of a stream come with its end; a server that is slower loses the connection."""
 
 Failure = Literal["unreachable", "busy", "broken", "refused"]
 
@@ -126,6 +129,7 @@ class Server:
                 if data is None:
                     raise self._broken("ended the stream in the middle of an answer")
                 if data == b"[DONE]":
+                    await _drain(events)
                     return
                 yield self._object(data)
 
@@ -155,7 +159,7 @@ class Server:
             raise
         except UpstreamFailed as error:
             self._judge("broken")
-            raise self._broken(error.message) from error
+            raise TryFailed(error, "broken") from error
         except (TimeoutError, httpx.TimeoutException, httpx.HTTPError) as error:
             failure: Failure = "unreachable" if response is None else "broken"
             self._judge(failure)
@@ -220,20 +224,22 @@ class Server:
             )
         if status < 400:
             return TryFailed(UpstreamFailed(f"{said}; check its api_base."), "refused")
-        kind, code, param = (error.get(key) for key in ("type", "code", "param"))
+        kind, code, param = (
+            error.get(key) and self._shown(str(error[key])) for key in ("type", "code", "param")
+        )
         return TryFailed(
             UpstreamRefused(
                 message,
                 status,
-                str(code) if code else "upstream_refused",
-                type=str(kind) if kind else UpstreamRefused.type,
-                param=None if param is None else str(param),
+                code or "upstream_refused",
+                type=kind or UpstreamRefused.type,
+                param=param or None,
             ),
             "refused",
         )
 
     def _check_type(self, response: httpx.Response, wanted: str) -> None:
-        found = response.headers.get("content-type", "")
+        found = self._shown(response.headers.get("content-type", ""))
         if wanted not in found:
             raise self._broken(f"sent {found or 'no content type'!r} in place of {wanted}")
 
@@ -273,6 +279,15 @@ class Server:
         for secret in self._secrets:
             text = text.replace(secret, "***") if secret else text
         return text[:LONGEST_MESSAGE]
+
+
+async def _drain(events: AsyncIterator[bytes]) -> None:
+    """Read what follows the end of a stream, so that its connection can be used again."""
+    import httpx
+
+    with suppress(TimeoutError, httpx.HTTPError, UpstreamFailed):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            await anext(events, None)
 
 
 async def _limited(response: httpx.Response, most: int) -> bytes | None:
