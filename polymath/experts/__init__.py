@@ -11,6 +11,8 @@ from polymath.experts.adapter import (
     read_adapter,
 )
 from polymath.experts.answer_text import AnswerText
+from polymath.experts.answer_writer import AnswerWriter
+from polymath.experts.attribution import attribute
 from polymath.experts.catalog import Expert, adapters_on, build_catalog, expert_row, load_models
 from polymath.experts.chat import Message, frame_conversation, render_chat
 from polymath.experts.combiner import (
@@ -62,6 +64,7 @@ from polymath.experts.plan import (
 from polymath.experts.projection import SignProjection
 from polymath.experts.quiet import quiet_loading
 from polymath.experts.sampling import Sampler, SamplingParams
+from polymath.experts.scored_row import ScoredRow
 from polymath.experts.settings import BaseModelSettings, EngineSettings, Section
 from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
@@ -70,6 +73,7 @@ __all__ = [
     "AdamMoments",
     "AdapterFile",
     "AnswerText",
+    "AnswerWriter",
     "Attribution",
     "BaseModelSettings",
     "Chunk",
@@ -102,6 +106,7 @@ __all__ = [
     "Sampler",
     "SamplingDefaults",
     "SamplingParams",
+    "ScoredRow",
     "ScoredToken",
     "Section",
     "Select",
@@ -110,6 +115,7 @@ __all__ = [
     "WeightedLogits",
     "adapter_sha256",
     "adapters_on",
+    "attribute",
     "build_catalog",
     "encode_prompt",
     "expert_row",

@@ -39,6 +39,10 @@ class Completion:
         """Stop generating within one step."""
         self._cancel()
 
+    def note(self) -> dict[str, object]:
+        """There is nothing to say of how it came about."""
+        return {}
+
     def on_close(self, cancel: Callable[[], None]) -> None:
         """Have `cancel` called when the answer is not wanted any more."""
         self._cancel = cancel

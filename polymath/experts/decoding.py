@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from polymath.experts.answer_text import AnswerText
+from polymath.experts.answer_writer import AnswerWriter
+from polymath.experts.attribution import attribute, log_probabilities
 from polymath.experts.combiner import CombinerState
-from polymath.experts.group import Attribution, Chunk, DecodeGroup, FinishReason, ScoredToken
+from polymath.experts.group import Chunk, DecodeGroup
 from polymath.experts.sampling import Sampler
 from polymath.experts.sequence import Sequence
 from polymath.experts.vocabulary import Vocabulary
@@ -42,14 +42,11 @@ class Decoding:
         self.deliver = deliver
         self.cancelled = False
         self.finished = False
-        self.answer_tokens = 0
         self._group = group
-        self._vocabulary = vocabulary
-        self._eos_ids = eos_ids
         self._sampler = Sampler(group.sampling)
+        self._writer = AnswerWriter(group.sampling, vocabulary, eos_ids)
         combiner = group.combiner
         self._constant_weights = None if combiner.follows_text else combiner.weights(self._state())
-        self._text = AnswerText(group.sampling.stop, strip_space=vocabulary.starts_with_space)
 
     @property
     def over(self) -> bool:
@@ -60,6 +57,11 @@ class Decoding:
     def longest(self) -> int:
         """Tokens of cache that the rows may need together."""
         return sum(row.longest for row in self.rows)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to compute."""
+        return True
 
     def hungry(self) -> list[Sequence]:
         """Rows whose logits the next step needs and that have tokens to be fed first."""
@@ -73,7 +75,8 @@ class Decoding:
         logits = self._logits()
         log_probs, _ = self._group.combiner(logits, self._state())
         token = self._sampler.sample(log_probs)
-        chunk = self._chunk(token, log_probs, logits)
+        attribution = attribute(token, logits, self._weights()) if self._group.attribution else None
+        chunk = self._writer.write(token, log_probs, attribution)
         self._append(token, logits)
         self.finished = chunk.finish_reason is not None
         return chunk
@@ -100,7 +103,7 @@ class Decoding:
         return CombinerState(
             log_likelihood=torch.tensor([row.log_likelihood for row in self.rows]),
             scored=torch.tensor([row.scored for row in self.rows]),
-            answer_tokens=self.answer_tokens,
+            answer_tokens=self._writer.tokens,
         )
 
     def _logits(self) -> Tensor:
@@ -118,52 +121,9 @@ class Decoding:
         )
 
     def _append(self, token: int, logits: Tensor) -> None:
-        self.answer_tokens += 1
         counted = self._group.combiner.follows_text
-        log_probs = _log_probs(logits, token) if counted else [0.0] * len(self.rows)
+        log_probs = log_probabilities(logits, token) if counted else [0.0] * len(self.rows)
         for row, log_prob in zip(self.rows, log_probs, strict=True):
             if not row.pending:
                 row.score(log_prob)
             row.tokens.append(token)
-
-    def _chunk(self, token: int, log_probs: Tensor, logits: Tensor) -> Chunk:
-        if token in self._eos_ids and not self._group.sampling.ignore_eos:
-            return Chunk(self._text.finish(), None, "stop")
-        scored = self._score(token, log_probs, logits)
-        text = self._text.push(scored.piece)
-        reason: FinishReason | None = None
-        if self.answer_tokens + 1 >= self._group.sampling.max_tokens:
-            text, reason = text + self._text.finish(), "length"
-        return Chunk(text, scored, "stop" if self._text.stopped else reason)
-
-    def _score(self, token: int, log_probs: Tensor, logits: Tensor) -> ScoredToken:
-        piece = self._vocabulary.piece
-        scored = ScoredToken(
-            token, piece(token), float(log_probs[token]), self._likeliest(log_probs)
-        )
-        if not self._group.attribution:
-            return scored
-        return replace(scored, attribution=self._attribution(token, logits))
-
-    def _likeliest(self, log_probs: Tensor) -> tuple[ScoredToken, ...]:
-        if not self._group.sampling.top_logprobs:
-            return ()
-        values, ids = log_probs.topk(self._group.sampling.top_logprobs)
-        return tuple(
-            ScoredToken(index, self._vocabulary.piece(index), value)
-            for index, value in zip(ids.tolist(), values.tolist(), strict=True)
-        )
-
-    def _attribution(self, token: int, logits: Tensor) -> Attribution:
-        weights = self._weights()
-        active = [index for index, weight in enumerate(weights) if weight]
-        log_probs = _log_probs(logits, token)
-        mean = sum(log_probs[index] for index in active) / len(active)
-        raised = {index: weights[index] * (log_probs[index] - mean) for index in active}
-        return Attribution(max(raised, key=raised.__getitem__), tuple(weights))
-
-
-def _log_probs(logits: Tensor, token: int) -> list[float]:
-    """Log-probability of a token under each row alone."""
-    values: list[float] = (logits[:, token] - logits.logsumexp(-1)).tolist()
-    return values

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from polymath.errors import ContextLengthExceeded, InvalidRequest, NotReady, Overloaded
 from polymath.experts.completion import Completion
 from polymath.experts.decoding import Decoding
-from polymath.experts.group import DecodeGroup
+from polymath.experts.group import DecodeGroup, Row
 from polymath.experts.lora_model import LoraModel
 from polymath.experts.onnx_network import OnnxNetwork
 from polymath.experts.prefix_cache import PrefixCache
-from polymath.experts.running_batch import RunningBatch
+from polymath.experts.running_batch import Group, RunningBatch
+from polymath.experts.scored_row import ScoredRow
 from polymath.experts.sequence import Sequence as RowInProgress
 from polymath.experts.settings import EngineSettings
 
@@ -63,7 +64,7 @@ class Engine:
         self._settings = settings
         self._prefixes = PrefixCache(settings.prefix_cache_tokens)
         self._batch = RunningBatch(models, self._prefixes, settings.prefill_chunk)
-        self._waiting: deque[Decoding] = deque()
+        self._waiting: deque[Group] = deque()
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="polymath-engine", daemon=True)
@@ -84,13 +85,24 @@ class Engine:
             self._decoding(group, completion)
             for group, completion in zip(groups, completions, strict=True)
         ]
-        with self._wake:
-            if self._closed:
-                raise NotReady("The server is shutting down.")
-            self._check_queue(decodings)
-            self._waiting += decodings
-            self._wake.notify()
+        self._queue(decodings)
         return completions
+
+    def score(self, row: Row, max_tokens: int) -> ScoredRow:
+        """Queue a row that is fed from outside. To be called from the event loop that uses it.
+
+        Args:
+            max_tokens: so many may be added to its prompt at a time.
+        Raises:
+            ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded, NotReady: as `submit`.
+        """
+        model = self.models[row.base_model]
+        _check_length(len(row.prompt), max_tokens, model.context_length)
+        adapter = None if row.adapter is None else model.adapters.find(row.adapter)
+        scored = ScoredRow(row, adapter, max_tokens, self._notify)
+        self._check_size(scored)
+        self._queue([scored])
+        return scored
 
     def close(self) -> None:
         """End the thread; what still runs is cancelled."""
@@ -121,6 +133,18 @@ class Engine:
             loaded_adapters=sum(len(model.adapters.loaded) for model in self.models.values()),
         )
 
+    def _queue(self, groups: Sequence[Group]) -> None:
+        with self._wake:
+            if self._closed:
+                raise NotReady("The server is shutting down.")
+            self._check_queue(groups)
+            self._waiting += groups
+            self._wake.notify()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def _decoding(self, group: DecodeGroup, completion: Completion) -> Decoding:
         rows = []
         for row in group.rows:
@@ -134,7 +158,7 @@ class Engine:
         self._check_size(decoding)
         return decoding
 
-    def _check_size(self, decoding: Decoding) -> None:
+    def _check_size(self, decoding: Group) -> None:
         settings = self._settings
         if len(decoding.rows) > settings.max_num_seqs:
             raise InvalidRequest(
@@ -149,7 +173,7 @@ class Engine:
                 param="messages",
             )
 
-    def _check_queue(self, decodings: list[Decoding]) -> None:
+    def _check_queue(self, decodings: Sequence[Group]) -> None:
         """The queue has places for what cannot start at once."""
         waiting = [one for one in [*self._waiting, *decodings] if not one.over]
         if len(waiting) > self._settings.max_waiting + self._startable(waiting):
@@ -157,7 +181,7 @@ class Engine:
                 f"The engine's queue is full ({self.active} groups run or wait); retry later."
             )
 
-    def _startable(self, waiting: Sequence[Decoding]) -> int:
+    def _startable(self, waiting: Sequence[Group]) -> int:
         """How many of those that wait, in their order, fit beside those that run."""
         running = [group for group in self._batch.groups if not group.over]
         rows = sum(len(group.rows) for group in running)
@@ -185,7 +209,7 @@ class Engine:
         self._batch.release()
         with self._wake:
             self._waiting = deque(one for one in self._waiting if not one.over)
-            while not (self._closed or self._batch.groups or self._waiting):
+            while not (self._closed or self._batch.busy or self._startable(self._waiting)):
                 self._wake.wait()
             for _ in range(self._startable(self._waiting)):
                 self._batch.start(self._waiting.popleft())

@@ -36,11 +36,13 @@ class Plan:
 
     Attributes:
         names: the expert behind each row.
+        remote: the expert behind HTTP whose logits come before those of the rows, if there is one.
     """
 
     names: tuple[str, ...]
     rows: tuple[Row, ...]
     combiner: Combiner
+    remote: str | None = None
 
 
 def plan_answer(
@@ -69,8 +71,9 @@ def plan_answer(
         names, combiner = (expert.name,), Select()
     if gone := [name for name in names if name not in catalog]:
         raise ModelNotFound(f"The expert {gone[0]!r} is not loaded any more.", param="model")
-    rows = tuple(expert_row(catalog[name], models, messages) for name in names)
-    return Plan(names, rows, combiner)
+    local = [name for name in names if catalog[name].settings.has_row]
+    rows = tuple(expert_row(catalog[name], models, messages) for name in local)
+    return Plan(names, rows, combiner, next((name for name in names if name not in local), None))
 
 
 def plan_together(

@@ -11,18 +11,55 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 from polymath.errors import PolymathError
-from polymath.experts.decoding import Decoding
 from polymath.experts.group import Chunk
 from polymath.experts.lora_model import Feed, LoraModel
 from polymath.experts.prefix_cache import PrefixCache
 from polymath.experts.scheduler import Scheduler
 from polymath.experts.sequence import Sequence
 
-__all__ = ["RunningBatch"]
+__all__ = ["Group", "RunningBatch"]
 
 logger = logging.getLogger(__name__)
+
+
+class Group(Protocol):
+    """Rows that stay together; what they are fed for is the group's own matter."""
+
+    rows: list[Sequence]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be done."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to compute."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of cache that the rows may need together."""
+        ...
+
+    def hungry(self) -> list[Sequence]:
+        """Rows that must be fed before the next step."""
+        ...
+
+    def step(self) -> Any:
+        """What `deliver` hands over; called when nobody is hungry."""
+        ...
+
+    def deliver(self, result: Any) -> None:
+        """Hand over what a step gave, or the exception that ends the group."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """End the group with an error."""
+        ...
 
 
 class RunningBatch:
@@ -39,13 +76,13 @@ class RunningBatch:
     def __init__(
         self, models: Mapping[str, LoraModel], prefixes: PrefixCache, prefill_chunk: int
     ) -> None:
-        self.groups: list[Decoding] = []
+        self.groups: list[Group] = []
         self.prompt_tokens = self.generated_tokens = 0
         self._models = models
         self._prefixes = prefixes
         self._scheduler = Scheduler(prefill_chunk, self._reuse)
 
-    def start(self, group: Decoding) -> None:
+    def start(self, group: Group) -> None:
         """Give a group's rows their adapters and places in the cache."""
         self.groups.append(group)
         with _ending(group):
@@ -55,16 +92,21 @@ class RunningBatch:
                     row.weights = model.adapters.weights(row.adapter)
                 model.slots.join(row, row.longest)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a group has something to compute, or is over and to be let go."""
+        return any(group.ready or group.over for group in self.groups)
+
     def release(self) -> None:
         """Let go of the groups that are over, and keep what they have cached for the next turn."""
-        for group in self.groups:
-            if group.over:
-                for row in group.rows:
-                    self._leave(row)
-        self.groups = [group for group in self.groups if not group.over]
+        over = [group for group in self.groups if group.over]
+        for group in over:
+            for row in group.rows:
+                self._leave(row)
+        self.groups = [group for group in self.groups if group not in over]
 
     def step(self) -> None:
-        """Feed rows; then let every group whose rows are fed sample a token.
+        """Feed rows; then let every group whose rows are fed take its step.
 
         What was sampled is delivered at the end, so that the event loop works on it while the next
         step computes; prompts are kept after that, so that no first token waits for it.
@@ -74,14 +116,14 @@ class RunningBatch:
         for name in dict.fromkeys(row.base_model for row in rows):
             of_model = [row for row in rows if row.base_model == name]
             prompts += self._feed(self._models[name], of_model)
-        sampled: list[tuple[Decoding, Chunk]] = []
+        results: list[tuple[Group, Any]] = []
         for group in self.groups:
-            if not _hungry(group) and not group.over:
+            if not _hungry(group) and group.ready and not group.over:
                 with _ending(group):
-                    sampled.append((group, group.step()))
-        self.generated_tokens += len(sampled)
-        for group, chunk in sampled:
-            group.deliver(chunk)
+                    results.append((group, group.step()))
+        self.generated_tokens += sum(isinstance(result, Chunk) for _, result in results)
+        for group, result in results:
+            group.deliver(result)
         for row in prompts:
             self._keep(row)
 
@@ -126,7 +168,7 @@ class RunningBatch:
             self._prefixes.keep((row.base_model, row.adapter), row.tokens[: row.cached], saved)
 
 
-def _hungry(group: Decoding) -> list[Sequence]:
+def _hungry(group: Group) -> list[Sequence]:
     if not group.over:
         with _ending(group):
             return group.hungry()
@@ -134,7 +176,7 @@ def _hungry(group: Decoding) -> list[Sequence]:
 
 
 @contextmanager
-def _ending(group: Decoding) -> Iterator[None]:
+def _ending(group: Group) -> Iterator[None]:
     """Whatever is raised inside ends the group, surfaces to its client, and nowhere else."""
     try:
         yield

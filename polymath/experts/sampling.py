@@ -69,26 +69,62 @@ class Sampler:
         Raises:
             InvalidRequest: the grammar allows no token.
         """
-        scores = self._penalised(log_probs)
-        if self._matcher is not None:
-            scores = scores.masked_fill(~self._matcher.allowed(len(scores)), -math.inf)
-        if self._params.temperature < GREEDY_TEMPERATURE:
-            token = int(scores.argmax())
+        if self.greedy:
+            token = int(self._allowed(log_probs).argmax())
         else:
-            token = self._draw(self._truncated(scores / self._params.temperature))
+            token = self.draw(self.probabilities(log_probs))
+        self.take(token)
+        return token
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self._params.temperature < GREEDY_TEMPERATURE
+
+    def probabilities(self, log_probs: Tensor) -> Tensor:
+        """What the next token is drawn from, [vocab]; not normalised, unless greedy.
+
+        Raises:
+            InvalidRequest: the grammar allows no token.
+        """
+        scores = self._allowed(log_probs)
+        if self.greedy:
+            certain = scores.new_zeros(len(scores))
+            certain[scores.argmax()] = 1.0
+            return certain
+        return self._truncated(scores / self._params.temperature)
+
+    def take(self, token: int) -> None:
+        """Remember a token of the answer, for penalties and grammar."""
         self._counts[token] += 1
         if self._matcher is not None:
             self._matcher.take(token)
-        return token
 
-    def _draw(self, probabilities: Tensor) -> int:
-        """Inverse transform sampling: where a uniform number falls in the cumulated weights."""
+    def uniform(self) -> float:
+        """A number from 0 to 1 of the answer's own random numbers."""
+        import torch
+
+        return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
+
+    def draw(self, probabilities: Tensor) -> int:
+        """Inverse transform sampling: where a uniform number falls in the cumulated weights.
+
+        Args:
+            probabilities: [vocab], need not be normalised.
+        """
         import torch
 
         cumulated = probabilities.double().cumsum(-1)
-        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * cumulated[-1]
+        point = self.uniform() * cumulated[-1:]
         drawn = torch.searchsorted(cumulated, point, right=True)
         return min(int(drawn), int(probabilities.nonzero()[-1]))  # rounding may fall off the end
+
+    def _allowed(self, log_probs: Tensor) -> Tensor:
+        """Scores after penalties and bias, of the tokens that the grammar allows."""
+        scores = self._penalised(log_probs)
+        if self._matcher is not None:
+            scores = scores.masked_fill(~self._matcher.allowed(len(scores)), -math.inf)
+        return scores
 
     def _penalised(self, log_probs: Tensor) -> Tensor:
         """OpenAI's penalties on the tokens drawn so far, then the bias."""

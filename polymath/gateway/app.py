@@ -98,7 +98,9 @@ class Gateway:
     async def load(self) -> None:
         """Load the models; the server answers probes meanwhile."""
         try:
-            self._service = await asyncio.to_thread(open_service, self._prepared, self.catalog)
+            service = await asyncio.to_thread(open_service, self._prepared, self.catalog)
+            await service.check_upstreams()
+            self._service = service
         except Exception as error:  # ends the server: `serve` prints it and exits non-zero
             logger.exception("the models cannot be loaded")
             self.failure = error

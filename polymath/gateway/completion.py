@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from polymath.experts import Chunk, Completion, ScoredToken
-from polymath.gateway.local_answers import Answer
+from polymath.experts import Chunk, ScoredToken
+from polymath.gateway.local_answers import Answer, RunningAnswer
 from polymath.gateway.protocol import ChatRequest
 from polymath.proxy import Events, notes_of
 from polymath.router import RouteDecision
@@ -40,7 +40,10 @@ class ChatCompletion:
         body = {
             **self._common,
             "object": "chat.completion",
-            "choices": [choice.to_dict(self._request) for choice in choices],
+            "choices": [
+                choice.to_dict(self._request, completion.note())
+                for choice, completion in zip(choices, self._answer.completions, strict=True)
+            ],
             "usage": self._usage(),
         }
         if self._request.metadata is not None:
@@ -57,7 +60,10 @@ class ChatCompletion:
             if chunk.text or (self._wants_every_token and chunk.token):
                 yield self._chunk(index, {"delta": {"content": chunk.text}}, [chunk.token])
             if chunk.finish_reason is not None:
-                yield self._chunk(index, {"delta": {}, "finish_reason": chunk.finish_reason})
+                end: dict[str, Any] = {"delta": {}, "finish_reason": chunk.finish_reason}
+                if note := self._answer.completions[index].note():
+                    end["polymath"] = note
+                yield self._chunk(index, end)
         if self._wants_usage:
             yield self._event([], usage=self._usage())
 
@@ -114,16 +120,17 @@ class _Choice:
         if chunk.token is not None:
             self._tokens.append(chunk.token)
 
-    def to_dict(self, request: ChatRequest) -> dict[str, Any]:
+    def to_dict(self, request: ChatRequest, note: Mapping[str, Any]) -> dict[str, Any]:
         choice = {
             "index": self._index,
             "message": {"role": "assistant", "content": "".join(self._text), "refusal": None},
             "logprobs": _logprobs(self._tokens) if request.logprobs else None,
             "finish_reason": self._finish_reason,
         }
+        about = dict(note)
         if request.polymath.attribution:
-            choice["polymath"] = _attributions(self._tokens, self._names)
-        return choice
+            about |= _attributions(self._tokens, self._names)
+        return {**choice, "polymath": about} if about else choice
 
 
 def explained(reply: Mapping[str, Any], decision: RouteDecision) -> dict[str, Any]:
@@ -165,7 +172,7 @@ def decision_headers(decision: RouteDecision) -> dict[str, str]:
     }
 
 
-async def _merged(completions: Sequence[Completion]) -> AsyncIterator[tuple[int, Chunk]]:
+async def _merged(completions: Sequence[RunningAnswer]) -> AsyncIterator[tuple[int, Chunk]]:
     """Chunks of all completions with their index, in the order in which they come."""
 
     async def following(index: int) -> tuple[int, Chunk] | None:

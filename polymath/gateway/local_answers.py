@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from polymath.errors import ContextLengthExceeded, InvalidRequest
+from polymath.errors import ContextLengthExceeded, InvalidRequest, PolymathError
 from polymath.experts import (
+    Chunk,
     Combiner,
-    Completion,
     DecodeGroup,
     Engine,
     EngineSettings,
@@ -16,15 +16,17 @@ from polymath.experts import (
     Mixture,
     Plan,
     Posterior,
+    ProxyTuning,
     SamplingParams,
     WeightedLogits,
     plan_answer,
     plan_together,
 )
 from polymath.gateway.protocol import ChatRequest
+from polymath.proxy import DraftLength, RemoteScores, SteeredAnswer
 from polymath.router import Combine, Message, RouteDecision, Router
 
-__all__ = ["Answer", "LocalAnswers"]
+__all__ = ["Answer", "LocalAnswers", "RunningAnswer"]
 
 SEEDS = 2**63
 
@@ -36,6 +38,20 @@ COMBINERS: Mapping[Combine, Callable[[tuple[float, ...]], Combiner]] = {
 """By what the router says of experts that answer together."""
 
 
+class RunningAnswer(Protocol):
+    """Chunks of one choice as they are generated."""
+
+    async def __anext__(self) -> Chunk: ...
+
+    def close(self) -> None:
+        """Stop generating."""
+        ...
+
+    def note(self) -> dict[str, Any]:
+        """What there is to say of how it came about, when it is over."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A request that is being answered: who answers, and one running completion per choice."""
@@ -43,7 +59,7 @@ class Answer:
     decision: RouteDecision
     expert: Expert
     plan: Plan
-    completions: Sequence[Completion]
+    completions: Sequence[RunningAnswer]
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,7 +83,11 @@ class _Prepared:
 
 
 class LocalAnswers:
-    """Answers chat requests with the experts of one engine."""
+    """Answers chat requests with the experts of one engine.
+
+    Args:
+        remotes: by the name of a proxy-tuned expert, the scores of the upstream that it steers.
+    """
 
     def __init__(
         self,
@@ -75,7 +95,9 @@ class LocalAnswers:
         router: Router,
         engine: Engine,
         settings: EngineSettings,
+        remotes: Mapping[str, RemoteScores],
     ) -> None:
+        self._remotes = remotes
         self._engine = engine
         self._catalog = catalog
         self._router = router
@@ -87,23 +109,58 @@ class LocalAnswers:
         Raises:
             ModelNotFound, InvalidRequest, ContextLengthExceeded, Overloaded: as their names say.
         """
-        answering = await asyncio.to_thread(self._prepare, request, decision)
+        prepared = await asyncio.to_thread(self._prepare, request, decision)
         groups = [
             DecodeGroup(
-                answering.plan.rows,
-                answering.plan.combiner,
-                _with_own_seed(answering.sampling, index),
+                prepared.plan.rows,
+                prepared.plan.combiner,
+                _with_own_seed(prepared.sampling, index),
                 request.polymath.attribution,
             )
             for index in range(request.n)
         ]
-        completions = self._engine.submit(groups)
-        return Answer(answering.decision, answering.expert, answering.plan, completions)
+        completions: Sequence[RunningAnswer]
+        if prepared.plan.remote is None:
+            completions = self._engine.submit(groups)
+        else:
+            completions = self._steer(prepared.expert, groups)
+        return Answer(prepared.decision, prepared.expert, prepared.plan, completions)
+
+    def _steer(self, expert: Expert, groups: Sequence[DecodeGroup]) -> list[SteeredAnswer]:
+        """Answers of an upstream, each steered by two rows."""
+        answers: list[SteeredAnswer] = []
+        try:
+            for group in groups:
+                answers.append(self._steered(expert, group))
+        except PolymathError:
+            for answer in answers:
+                answer.close()
+            raise
+        return answers
+
+    def _steered(self, expert: Expert, group: DecodeGroup) -> SteeredAnswer:
+        tuned_row, untuned_row = group.rows
+        tuned = self._engine.score(tuned_row, group.sampling.max_tokens)
+        try:
+            untuned = self._engine.score(untuned_row, group.sampling.max_tokens)
+        except PolymathError:
+            tuned.close()
+            raise
+        return SteeredAnswer(
+            self._remotes[expert.name],
+            untuned_row.prompt,
+            tuned,
+            untuned,
+            self._engine.models[untuned_row.base_model],
+            group,
+            DraftLength(expert.settings.draft),
+        )
 
     def _prepare(self, request: ChatRequest, decision: RouteDecision) -> _Prepared:
         messages: list[Message] = [*request.conversation()]
         expert = self._catalog[decision.expert]
         plan = self._plan(decision, expert, messages)
+        plan = _with_alpha(plan, request.polymath.alpha)
         return _Prepared(decision, expert, plan, self._sampling(request, expert, plan))
 
     def _plan(self, decision: RouteDecision, expert: Expert, messages: Sequence[Message]) -> Plan:
@@ -168,6 +225,17 @@ class LocalAnswers:
                 param="messages",
             )
         return min(expert.sampling.max_tokens or self._settings.max_tokens, context - prompt)
+
+
+def _with_alpha(plan: Plan, alpha: float | None) -> Plan:
+    """The plan with the alpha of the request, if it has one."""
+    if alpha is None:
+        return plan
+    if not isinstance(plan.combiner, ProxyTuning):
+        raise InvalidRequest(
+            "polymath.alpha: this expert is not proxy-tuned.", param="polymath.alpha"
+        )
+    return replace(plan, combiner=ProxyTuning(alpha))
 
 
 def _with_own_seed(sampling: SamplingParams, index: int) -> SamplingParams:

@@ -1,12 +1,13 @@
 """Who answers a chat request: an expert of the engine, or one behind HTTP."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from polymath.errors import ModelNotFound
+from polymath.errors import ModelNotFound, Overloaded, UpstreamFailed
 from polymath.experts import Engine, EngineSettings, Expert, build_catalog, load_models
 from polymath.gateway.completion import ChatCompletion
 from polymath.gateway.failures import first_problem
@@ -14,8 +15,20 @@ from polymath.gateway.local_answers import LocalAnswers
 from polymath.gateway.prepare import Prepared
 from polymath.gateway.protocol import ChatRequest
 from polymath.gateway.settings import ROUTED_MODELS
-from polymath.proxy import Answering, Body, Cascade, Events, Guided, Relay, Upstream, text_of
+from polymath.proxy import (
+    Answering,
+    Body,
+    Cascade,
+    Events,
+    Guided,
+    Relay,
+    RemoteScores,
+    Upstream,
+    text_of,
+)
 from polymath.router import Message, RouteDecision, Router
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ChatService", "decide", "open_service"]
 
@@ -38,7 +51,6 @@ class ChatService:
         settings: EngineSettings,
     ) -> None:
         self.engine = engine
-        self.local = LocalAnswers(catalog, router, engine, settings)
         self._catalog = catalog
         self._router = router
         self.upstreams = {
@@ -46,6 +58,8 @@ class ChatService:
             for name, expert in catalog.items()
             if expert.settings.kind == "upstream"
         }
+        self._steered = dict(self._steered_upstreams())
+        self.local = LocalAnswers(catalog, router, engine, settings, self._steered)
         self._remote = dict(self._remote_experts())
 
     def decide(self, body: Body, headers: Mapping[str, str]) -> RouteDecision:
@@ -73,6 +87,28 @@ class ChatService:
         for upstream in self.upstreams.values():
             await upstream.close()
         await asyncio.to_thread(self.engine.close)
+
+    async def check_upstreams(self) -> None:
+        """Make sure that upstreams that are steered cut texts as the local models do.
+
+        Raises:
+            ModelSourceError: one does not. One that cannot be asked now is checked when it is used.
+        """
+        for name, scores in self._steered.items():
+            try:
+                await scores.check()
+            except (UpstreamFailed, Overloaded) as error:
+                logger.warning("%s is not checked yet: %s", name, error.message)
+
+    def _steered_upstreams(self) -> Iterator[tuple[str, RemoteScores]]:
+        """By the name of the proxy-tuned expert."""
+        for name, expert in self._catalog.items():
+            settings = expert.settings
+            upstream = self.upstreams.get(settings.large or "")
+            if upstream is not None:
+                base = self._catalog[str(settings.untuned)].settings.base_model
+                local = self.engine.models[str(base)]
+                yield name, RemoteScores(upstream, local, settings.support)
 
     def _remote_experts(self) -> Iterator[tuple[str, Answering]]:
         for name, expert in self._catalog.items():

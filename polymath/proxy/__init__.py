@@ -1,12 +1,15 @@
-"""Black-box models: upstreams, guidance, cascades. Imports experts alone."""
+"""Black-box models: upstreams, steering, guidance, cascades. Imports experts alone."""
 
 from polymath.proxy.answering import Answering, Ask, Body, Events
 from polymath.proxy.cascade import Cascade
 from polymath.proxy.circuit_breaker import BreakerState, CircuitBreaker
+from polymath.proxy.draft_length import DraftLength
 from polymath.proxy.guidance import Guided
 from polymath.proxy.judges import Confidence, Reference, read_references
 from polymath.proxy.messages import FirstNoted, answer_text, noted, notes_of, text_of
 from polymath.proxy.relay import Relay
+from polymath.proxy.remote_scores import RemoteScores, Support
+from polymath.proxy.steering import SteeredAnswer
 from polymath.proxy.upstream import Upstream
 
 __all__ = [
@@ -17,11 +20,15 @@ __all__ = [
     "Cascade",
     "CircuitBreaker",
     "Confidence",
+    "DraftLength",
     "Events",
     "FirstNoted",
     "Guided",
     "Reference",
     "Relay",
+    "RemoteScores",
+    "SteeredAnswer",
+    "Support",
     "Upstream",
     "answer_text",
     "noted",

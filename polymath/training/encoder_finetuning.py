@@ -47,7 +47,7 @@ class FinetuneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompts: int = Field(default=38_000, ge=1)
+    prompts: int = Field(default=48_000, ge=1)
     """Prompts seen, drawn with the weights of the rows."""
     batch_size: int = Field(default=32, ge=2)
     learning_rate: float = Field(default=2e-4, gt=0)
