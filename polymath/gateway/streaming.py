@@ -60,7 +60,7 @@ class EventStream(Response):
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of `work`; None, and `work` cancelled, if the client goes away before."""
+    """The result of `work`; None, and `work` ended, if the client goes away before."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(receive))
     try:
@@ -69,6 +69,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result
     finally:
         task.cancel()
         gone.cancel()
+        await asyncio.wait({task, gone})  # what `work` uses can be closed now
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
@@ -189,6 +190,7 @@ class Server:
             self._client = httpx.AsyncClient(
                 http2=True,
                 headers=self._headers,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients share it
                 timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
                 limits=httpx.Limits(
                     max_connections=CONNECTIONS, max_keepalive_connections=KEPT_ALIVE
@@ -206,7 +208,7 @@ class Server:
     async def _refusal(self, response: httpx.Response) -> TryFailed:
         """What an error status means to the client."""
         status = response.status_code
-        error = _error_object(await _limited(response, LARGEST_ERROR))
+        error = _error_object(await _readable(response))
         message = self._shown(str(error.get("message") or f"HTTP status {status}"))
         said = f"The upstream of {self._expert} answered {status}: {message}"
         if status == 429:
@@ -298,6 +300,16 @@ async def _limited(response: httpx.Response, most: int) -> bytes | None:
         if len(data) > most:
             return None
     return bytes(data)
+
+
+async def _readable(response: httpx.Response) -> bytes | None:
+    """The body of an error; None if it is too large or breaks off, as its status is known."""
+    import httpx
+
+    try:
+        return await _limited(response, LARGEST_ERROR)
+    except httpx.HTTPError:
+        return None
 
 
 def _error_object(data: bytes | None) -> dict[str, Any]:
