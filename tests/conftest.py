@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def gateway(demo: Prepared) -> Gateway:
 @pytest.fixture(scope="session")
 def base_url(gateway: Gateway) -> Iterator[str]:
     """A real HTTP server of the demo, ready to answer: `http://127.0.0.1:PORT`."""
+    with serving(gateway) as url:
+        yield url
+
+
+@contextmanager
+def serving(gateway: Gateway) -> Iterator[str]:
+    """A real HTTP server of a gateway, from when it is ready to answer."""
     config = uvicorn.Config(create_app(gateway), port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -770,3 +770,222 @@ def test_examples_belong_to_the_first_domain_of_their_expert(tmp_path: Path) -> 
     keys = ("kind: base", "base_model: tiny", "domains: [cooking, baking]", "examples: ['rice?']")
     text = with_expert(*keys)
     assert load(tmp_path, text).settings.examples() == {"cooking": ("rice?",)}
+
+
+# --- experts behind HTTP -------------------------------------------------------------------------
+
+UPSTREAM = ("kind: upstream", "api_base: http://gpu/v1", "model: m")
+GUIDED = ("kind: guided", "guide: math", "upstream: general")
+CASCADE = ("kind: cascade", "cheap: math", "strong: general")
+JUDGE = "judge: {kind: logprob, threshold: -1}"
+SECRET = "sk-secret"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        UPSTREAM,
+        (*UPSTREAM, "api_key: sk-1", "headers: {X-Team: blue}", "fallbacks: [math, tiny]"),
+        (*UPSTREAM, "system_prompt: Be brief.", "sampling: {temperature: 0}"),
+        ("kind: upstream", "model: m", "deployments: [{api_base: 'https://[::1]:8443/v1'}]"),
+        GUIDED,
+        (*CASCADE, JUDGE),
+        (*CASCADE, "judge: {kind: difficulty, threshold: 0.5}"),
+    ],
+    ids=", ".join,
+)
+def test_experts_that_ask_others_are_read(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    assert not load(tmp_path, with_expert(*lines)).settings.experts["x"].has_row
+
+
+def test_a_config_needs_no_base_model(tmp_path: Path) -> None:
+    text = """\
+experts:
+  big: {kind: upstream, api_base: http://gpu/v1, model: m}
+router: {path: router, fallback: big}
+"""
+    assert load(tmp_path, text).settings.base_models == {}
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (UPSTREAM[:2], "14: experts.x: an expert of kind upstream needs `model`"),
+        (GUIDED[:2], "14: experts.x: an expert of kind guided needs `upstream`"),
+        (CASCADE, "14: experts.x: an expert of kind cascade needs `judge`"),
+        (
+            ("kind: upstream", "model: m"),
+            "14: experts.x: an expert of kind upstream needs `api_base` or `deployments`",
+        ),
+        (
+            (*UPSTREAM, "deployments: [{api_base: http://gpu-2/v1}]"),
+            "14: experts.x: an expert of kind upstream needs `api_base` or `deployments`",
+        ),
+        (
+            ("kind: upstream", "model: m", "api_key: k", "deployments: [{api_base: http://a}]"),
+            "14: experts.x: with `deployments` each of them has its own `api_key`",
+        ),
+        (
+            (*UPSTREAM, "base_model: tiny"),
+            "14: experts.x: an expert of kind upstream has no `base_model`; it belongs to lora",
+        ),
+        (
+            (*GUIDED, "api_base: http://gpu/v1"),
+            "14: experts.x: an expert of kind guided has no `api_base`; it belongs to upstream",
+        ),
+        (
+            (*GUIDED, "system_prompt: Be brief."),
+            "14: experts.x: an expert of kind guided has no `system_prompt`; "
+            "its experts have their own",
+        ),
+        (
+            (*GUIDED, "template: Read this."),
+            "14: experts.x: `template` must hold {background}",
+        ),
+        (
+            (*GUIDED, "guide_prompt: Tell me."),
+            "14: experts.x: `guide_prompt` must hold {question}",
+        ),
+        (
+            (*UPSTREAM, "fallbacks: [maht]"),
+            "18: experts.x.fallbacks: no expert 'maht'; did you mean math?",
+        ),
+        (
+            ("kind: guided", "guide: mth", "upstream: general"),
+            "16: experts.x.guide: no expert 'mth'; did you mean math?",
+        ),
+        (
+            (*CASCADE, "judge: {kind: meta_ranking, threshold: 0}"),
+            "18: experts.x.judge: `references` goes with `kind: meta_ranking`, and only with it",
+        ),
+        (
+            (*CASCADE, "judge: {kind: logprob, threshold: -1, expert: mth}"),
+            "18: experts.x.judge.expert: no expert 'mth'; did you mean math?",
+        ),
+        (
+            (*CASCADE, "judge: {kind: logprob}"),
+            "18: experts.x.judge.threshold: missing; this key is required",
+        ),
+        (
+            (*UPSTREAM, "timeout: 0"),
+            "18: experts.x.timeout: input should be greater than 0, found 0",
+        ),
+        (
+            (*UPSTREAM, "num_retry: 1"),
+            "18: experts.x.num_retry: unknown key; did you mean num_retries?",
+        ),
+        (
+            ("kind: upstream", "model: m", "deployments: [{api_bse: http://a}]"),
+            "17: experts.x.deployments.0.api_base: missing; this key is required",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_expert_that_asks_others_is_named(
+    tmp_path: Path, lines: tuple[str, ...], expected: str
+) -> None:
+    assert problems(tmp_path, with_expert(*lines))[0] == expected
+
+
+def test_references_that_are_not_there_are_named(tmp_path: Path) -> None:
+    judge = "judge: {kind: meta_ranking, threshold: 0, references: lost.jsonl}"
+    assert problems(tmp_path, with_expert(*CASCADE, judge)) == [
+        f"18: experts.x.judge.references: {tmp_path / 'lost.jsonl'} does not exist"
+    ]
+
+
+@pytest.mark.parametrize("lines", [UPSTREAM, GUIDED, (*CASCADE, JUDGE)])
+def test_an_expert_without_logits_here_cannot_be_combined(
+    tmp_path: Path, lines: tuple[str, ...]
+) -> None:
+    members = "  y: {kind: ensemble, members: [math, x]}\nrouter:"
+    kind = lines[0].removeprefix("kind: ")
+    (problem,) = problems(tmp_path, with_expert(*lines).replace("router:", members))
+    assert problem.endswith(
+        f": experts.y.members: 'x' is of kind {kind}, and has no logits to combine"
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "others", "way"),
+    [
+        ((*UPSTREAM, "fallbacks: [x]"), "", "x -> x"),
+        (
+            ("kind: guided", "guide: math", "upstream: y"),
+            "  y: {kind: guided, guide: x, upstream: math}\n",
+            "x -> y -> x",
+        ),
+        (
+            (*UPSTREAM, "fallbacks: [math, y]"),
+            "  y:\n"
+            "    {kind: cascade, cheap: general, strong: z, judge: {kind: logprob, threshold: 0}}\n"
+            "  z: {kind: guided, guide: math, upstream: x}\n",
+            "x -> y -> z -> x",
+        ),
+    ],
+)
+def test_experts_that_ask_each_other_in_a_circle_are_named(
+    tmp_path: Path, x: tuple[str, ...], others: str, way: str
+) -> None:
+    found = problems(tmp_path, with_expert(*x).replace("router:", f"{others}router:"))
+    assert any(problem.endswith(f": asks itself in the end: {way}") for problem in found)
+    assert len(found) == len(way.split(" -> ")) - 1  # each of them is in it
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("gpu:8000/v1", "pattern"),
+        ("ftp://gpu/v1", "pattern"),
+        ("http://gpu/v1?key=1", "pattern"),
+        ("http://", "pattern"),
+        ("http://gpu:99999/v1", "ort"),
+        ("http://gpu:0/v1", "port 0"),
+        ("http://gpu:eighty/v1", "ort"),
+        ("http://[::1/v1", "IPv6"),
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_refused(tmp_path: Path, url: str, reason: str) -> None:
+    (problem,) = problems(tmp_path, with_expert("kind: upstream", f"api_base: '{url}'", "model: m"))
+    assert problem.startswith("16: experts.x.api_base: ")
+    assert reason in problem
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (f'api_key: "{SECRET}\\nx"', "api_key"),
+        (f'api_key: "{SECRET}ü"', "api_key"),
+        (f"api_key: [{SECRET}]", "api_key"),
+        (f"api_key: {{a: {SECRET}}}", "api_key"),
+        (f'headers: {{x: "{SECRET}\\x00"}}', "headers.x"),
+        (f"headers: {{x: [{SECRET}]}}", "headers.x"),
+        (f"headers: {SECRET}", "headers"),
+        (f"headers: {{'a b': {SECRET}}}", "headers.a b"),
+        ('api_key: ""', "api_key"),
+        (f"api_kye: {SECRET}", "api_kye"),
+    ],
+)
+def test_a_secret_that_cannot_be_used_is_named_and_not_shown(
+    tmp_path: Path, line: str, key: str
+) -> None:
+    (problem,) = problems(tmp_path, with_expert(*UPSTREAM, line))
+    assert problem.startswith(f"18: experts.x.{key}: ")
+    assert SECRET not in problem
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_a_password_in_an_address_is_refused_and_not_shown(tmp_path: Path, deployed: bool) -> None:
+    """The address stands in logs and metrics."""
+    address = f"api_base: http://user:{SECRET}@gpu/v1"
+    lines = f"deployments: [{{{address}}}]" if deployed else address
+    (problem,) = problems(tmp_path, with_expert("kind: upstream", "model: m", lines))
+    assert "must hold no user and password; use `api_key` or `headers`" in problem
+    assert SECRET not in problem
+
+
+def test_a_line_end_around_a_key_is_a_slip(tmp_path: Path) -> None:
+    text = with_expert(*UPSTREAM, "api_key: ${KEY}")
+    key = load(tmp_path, text, {"KEY": f"{SECRET}\n"}).settings.experts["x"].api_key
+    assert key is not None
+    assert key.get_secret_value() == SECRET
+    assert SECRET not in repr(key)

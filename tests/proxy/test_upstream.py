@@ -93,6 +93,16 @@ async def test_get_asks_without_a_body(connect: Connect, server: StandInServer) 
     assert (server.requests[0].method, server.requests[0].data) == ("GET", b"")
 
 
+async def test_cookies_of_one_request_are_not_sent_with_another(
+    connect: Connect, server: StandInServer
+) -> None:
+    server.says(sends({"id": "1"}, set_cookie="session=1; Path=/"))
+    upstream = connect()
+    for _ in range(2):
+        await upstream.post(PATH, BODY)
+    assert "cookie" not in server.requests[1].headers
+
+
 async def test_a_slash_at_the_end_of_the_address_does_not_matter(
     connect: Connect, server: StandInServer
 ) -> None:
@@ -143,6 +153,14 @@ async def test_a_connection_that_is_cut_before_the_answer_is_tried_again(
     server.says(NOTHING, good(ask))
     assert await ask(connect())
     assert len(server.requests) == 2
+
+
+@BOTH_WAYS
+async def test_a_status_whose_body_breaks_off_is_tried_again_all_the_same(
+    connect: Connect, server: StandInServer, ask: Ask
+) -> None:
+    server.says(Reply([b"{"], 503, drop=True), good(ask))
+    assert await ask(connect())
 
 
 @BOTH_WAYS
