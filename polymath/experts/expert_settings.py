@@ -93,7 +93,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 """Keys that an expert of a kind must have."""
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "ensemble": ("combine", "combiner", "top_k", "floor"),
+    "ensemble": ("combine", "top_k", "floor"),
     "proxy_tuned": ("alpha", "support", "draft"),
     "upstream": (
         "api_base",
@@ -201,15 +201,10 @@ class ExpertSettings(Section):
         description="Experts of an ensemble: a mapping to their weights, or a list, whose weights "
         "are the router's for each conversation.",
     )
-    combine: Literal["logits", "probabilities", "posterior", "comblm"] = Field(
+    combine: Literal["logits", "probabilities", "posterior"] = Field(
         default="probabilities",
         description="How an ensemble becomes one distribution: weighted logits (ELREA), weighted "
-        "probabilities, probabilities whose weights follow the text (DEMix), or a learned mixture "
-        "of a large and a small model (CombLM).",
-    )
-    combiner: Path | None = Field(
-        default=None,
-        description="`comblm`: folder of `polymath train combiner`, relative to the config file.",
+        "probabilities, or probabilities whose weights follow the text (DEMix).",
     )
     top_k: int | None = Field(
         default=None, ge=1, description="`posterior`: at most so many members count at a time."
@@ -346,8 +341,7 @@ class ExpertSettings(Section):
     @property
     def weighs_by_router(self) -> bool:
         """Whether the router gives the members of the ensemble their weights."""
-        learned = self.combine == "comblm"
-        return self.kind == "ensemble" and not learned and not isinstance(self.members, Mapping)
+        return self.kind == "ensemble" and not isinstance(self.members, Mapping)
 
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> "ExpertSettings":
@@ -388,12 +382,6 @@ class ExpertSettings(Section):
         for key in POSTERIOR_ONLY:
             if self.combine != "posterior" and self._given(key):
                 raise ValueError(f"`{key}` goes with `combine: posterior`, and only with it")
-        if (self.combine == "comblm") != (self.combiner is not None):
-            raise ValueError("`combiner` goes with `combine: comblm`, and only with it")
-        if self.combine == "comblm" and (
-            not isinstance(self.members, tuple) or len(self.members) != 2
-        ):
-            raise ValueError("`combine: comblm` needs `members: [LARGE, SMALL]`")
         return self
 
     @model_validator(mode="after")
