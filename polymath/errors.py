@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "AdapterError",
+    "CombinerError",
     "ConfigError",
     "ContextLengthExceeded",
     "DataError",
@@ -184,6 +185,12 @@ class AdapterError(PolymathError):
     """An adapter folder that is missing, corrupt, unsafe or made for another base model."""
 
     code = "invalid_adapter"
+
+
+class CombinerError(PolymathError):
+    """A combiner folder that is missing or corrupt."""
+
+    code = "invalid_combiner"
 
 
 class RouterArtifactError(PolymathError):

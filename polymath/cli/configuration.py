@@ -1,13 +1,17 @@
 """`polymath check`, `polymath schema` and `polymath experts`: the config file itself."""
 
 import json
-from typing import Any
+import re
+from typing import Annotated, Any
 
 import typer
 
 from polymath.cli.options import DEFAULT_CONFIG, AsJson, ConfigOption
 
 __all__ = ["check", "experts_app", "schema"]
+
+NOT_IN_NAMES = r"[^A-Za-z0-9._:/-]"
+"""Characters that no expert's name may have."""
 
 experts_app = typer.Typer(help="The experts of a config.", no_args_is_help=True)
 
@@ -65,3 +69,49 @@ def list_experts(config: ConfigOption = DEFAULT_CONFIG, as_json: AsJson = False)
             row["description"],
         )
     Console().print(table)
+
+
+@experts_app.command("import")
+def import_experts(
+    api_base: Annotated[str, typer.Option(help="URL in front of /models; usually ends in /v1.")],
+    api_key: Annotated[
+        str | None, typer.Option(help="Name of the environment variable with the key.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Put before the names of the experts.")] = "",
+) -> None:
+    """Print every model of an OpenAI-compatible server as an expert, for the config.
+
+    With vLLM these are its base model and its adapters.
+    """
+    import asyncio
+    import os
+
+    import yaml
+
+    from polymath.experts import ExpertSettings
+    from polymath.proxy import Upstream
+
+    key = {} if api_key is None else {"api_key": os.environ.get(api_key, "")}
+    settings = ExpertSettings.model_validate(
+        {"kind": "upstream", "api_base": api_base, "model": "all", "timeout": 30, **key}
+    )
+
+    async def listed() -> list[str]:
+        upstream = Upstream("the import", settings)
+        try:
+            reply = await upstream.get("/models")
+        finally:
+            await upstream.close()
+        return [str(model["id"]) for model in reply.get("data", [])]
+
+    shown = {} if api_key is None else {"api_key": f"${{{api_key}}}"}
+    experts = {
+        f"{prefix}{re.sub(NOT_IN_NAMES, '-', model)}": {
+            "kind": "upstream",
+            "api_base": api_base,
+            **shown,
+            "model": model,
+        }
+        for model in asyncio.run(listed())
+    }
+    typer.echo(yaml.safe_dump({"experts": experts}, sort_keys=False), nl=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from polymath.cli.evaluate_cascade import eval_cascade
 from polymath.cli.options import DEFAULT_CONFIG, AsJson, ConfigOption, DataFiles, ManyFiles
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ __all__ = ["app"]
 
 GENERAL_DOMAIN = "general"
 
-app = typer.Typer(help="Measure routers and experts.", no_args_is_help=True)
+app = typer.Typer(help="Measure routers, experts and cascades.", no_args_is_help=True)
+app.command("cascade", cls=ManyFiles)(eval_cascade)
 
 
 @app.command("router", cls=ManyFiles)

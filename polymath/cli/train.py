@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from polymath.cli.options import DEFAULT_CONFIG, ConfigOption, DataFiles, ManyFiles
+from polymath.cli.train_combiner import train_combiner_command
 
 if TYPE_CHECKING:
     from polymath.router import RouterCard
@@ -21,7 +22,8 @@ DEFAULT_PROMPTS = 48_000
 DEFAULT_FOLD_PROMPTS = 5_000
 DEFAULT_LEARNING_RATE = 2e-4
 
-app = typer.Typer(help="Train experts and routers.", no_args_is_help=True)
+app = typer.Typer(help="Train experts, routers and combiners.", no_args_is_help=True)
+app.command("combiner", cls=ManyFiles)(train_combiner_command)
 
 
 @app.command("expert", cls=ManyFiles)

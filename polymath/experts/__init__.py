@@ -25,6 +25,15 @@ from polymath.experts.combiner import (
     WeightedLogits,
     posterior_weights,
 )
+from polymath.experts.comblm import (
+    COMBINER_CARD,
+    COMBINER_GRAPH,
+    CombinerCard,
+    CombinerKind,
+    CombLM,
+    mixing_features,
+    open_combiner,
+)
 from polymath.experts.completion import Completion
 from polymath.experts.engine import Engine, EngineStats
 from polymath.experts.expert_settings import (
@@ -70,6 +79,8 @@ from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
     "ADAPTER_WEIGHTS",
+    "COMBINER_CARD",
+    "COMBINER_GRAPH",
     "AdamMoments",
     "AdapterFile",
     "AnswerText",
@@ -77,7 +88,10 @@ __all__ = [
     "Attribution",
     "BaseModelSettings",
     "Chunk",
+    "CombLM",
     "Combiner",
+    "CombinerCard",
+    "CombinerKind",
     "CombinerState",
     "Completion",
     "DecodeGroup",
@@ -121,6 +135,8 @@ __all__ = [
     "expert_row",
     "frame_conversation",
     "load_models",
+    "mixing_features",
+    "open_combiner",
     "open_features",
     "plan_answer",
     "plan_together",

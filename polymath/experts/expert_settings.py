@@ -93,7 +93,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 """Keys that an expert of a kind must have."""
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "ensemble": ("combine", "top_k", "floor"),
+    "ensemble": ("combine", "combiner", "top_k", "floor"),
     "proxy_tuned": ("alpha", "support", "draft"),
     "upstream": (
         "api_base",
@@ -201,10 +201,15 @@ class ExpertSettings(Section):
         description="Experts of an ensemble: a mapping to their weights, or a list, whose weights "
         "are the router's for each conversation.",
     )
-    combine: Literal["logits", "probabilities", "posterior"] = Field(
+    combine: Literal["logits", "probabilities", "posterior", "comblm"] = Field(
         default="probabilities",
         description="How an ensemble becomes one distribution: weighted logits (ELREA), weighted "
-        "probabilities, or probabilities whose weights follow the text (DEMix).",
+        "probabilities, probabilities whose weights follow the text (DEMix), or a learned mixture "
+        "of a large and a small model (CombLM).",
+    )
+    combiner: Path | None = Field(
+        default=None,
+        description="`comblm`: folder of `polymath train combiner`, relative to the config file.",
     )
     top_k: int | None = Field(
         default=None, ge=1, description="`posterior`: at most so many members count at a time."
@@ -341,7 +346,8 @@ class ExpertSettings(Section):
     @property
     def weighs_by_router(self) -> bool:
         """Whether the router gives the members of the ensemble their weights."""
-        return self.kind == "ensemble" and not isinstance(self.members, Mapping)
+        learned = self.combine == "comblm"
+        return self.kind == "ensemble" and not learned and not isinstance(self.members, Mapping)
 
     @model_validator(mode="after")
     def _keys_fit_kind(self) -> "ExpertSettings":
@@ -368,6 +374,8 @@ class ExpertSettings(Section):
             raise ValueError("an expert of kind upstream needs `api_base` or `deployments`")
         if self.deployments and self.api_key is not None:
             raise ValueError("with `deployments` each of them has its own `api_key`")
+        if len({(one.api_base, one.model) for one in self.deployments}) < len(self.deployments):
+            raise ValueError("two of the `deployments` are alike")
         return self
 
     @model_validator(mode="after")
@@ -382,6 +390,12 @@ class ExpertSettings(Section):
         for key in POSTERIOR_ONLY:
             if self.combine != "posterior" and self._given(key):
                 raise ValueError(f"`{key}` goes with `combine: posterior`, and only with it")
+        if (self.combine == "comblm") != (self.combiner is not None):
+            raise ValueError("`combiner` goes with `combine: comblm`, and only with it")
+        if self.combine == "comblm" and (
+            not isinstance(self.members, tuple) or len(self.members) != 2
+        ):
+            raise ValueError("`combine: comblm` needs `members: [LARGE, SMALL]`")
         return self
 
     @model_validator(mode="after")

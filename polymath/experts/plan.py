@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from polymath.errors import ModelNotFound
 from polymath.experts.catalog import Expert, expert_row
@@ -16,6 +18,7 @@ from polymath.experts.combiner import (
     Select,
     WeightedLogits,
 )
+from polymath.experts.comblm import open_combiner
 from polymath.experts.expert_settings import ExpertSettings
 from polymath.experts.group import Row
 from polymath.experts.lora_model import LoraModel
@@ -61,7 +64,9 @@ def plan_answer(
         ModelNotFound: an expert that this one combines is gone.
     """
     settings = expert.settings
-    if settings.kind == "ensemble":
+    if settings.combiner is not None:
+        names, combiner = tuple(settings.members or ()), learned_combiner(settings.combiner)
+    elif settings.kind == "ensemble":
         shares = _shares(settings, route_weights)
         names, combiner = tuple(shares), _ensemble(settings, tuple(shares.values()))
     elif settings.kind == "proxy_tuned":
@@ -126,6 +131,16 @@ def unlike_vocabularies(
     for other in others:
         if vocabulary_of(first) != vocabulary_of(other):
             yield first, other
+
+
+@cache
+def learned_combiner(folder: Path) -> Combiner:
+    """A CombLM combiner, opened once.
+
+    Raises:
+        CombinerError: its folder cannot be used.
+    """
+    return open_combiner(folder)
 
 
 def _shares(settings: ExpertSettings, route_weights: Mapping[str, float]) -> dict[str, float]:

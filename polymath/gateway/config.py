@@ -25,7 +25,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 FORM = re.compile(r"^(dict|tuple)\[")
 """How pydantic marks in a location which form of `members` it tried."""
 
-SECRETS = frozenset({"api_key", "headers"})
+SECRETS = frozenset({"api_base", "api_key", "headers"})
 """Keys whose values are not shown."""
 
 VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")

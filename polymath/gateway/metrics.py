@@ -64,7 +64,7 @@ class _UpstreamMetrics:
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import GaugeMetricFamily
 
-        labels = ("expert", "api_base")
+        labels = ("expert", "api_base", "model")
         breaker = GaugeMetricFamily(
             "polymath_upstream_breaker_state",
             "Circuit breaker of a deployment: 1 for the state it is in.",
@@ -75,10 +75,11 @@ class _UpstreamMetrics:
         )
         for name, upstream in self._upstreams.items():
             for server in upstream.servers:
-                outstanding.add_metric((name, server.api_base), server.outstanding)
+                place = (name, server.api_base, server.model)
+                outstanding.add_metric(place, server.outstanding)
                 for state in BREAKER_STATES:
                     here = float(server.breaker.state == state)
-                    breaker.add_metric((name, server.api_base, state), here)
+                    breaker.add_metric((*place, state), here)
         yield breaker
         yield outstanding
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from polymath.artifacts import Progress, no_progress
 from polymath.errors import (
     AdapterError,
+    CombinerError,
     ConfigError,
     ModelSourceError,
     RouterArtifactError,
@@ -15,6 +16,7 @@ from polymath.errors import (
 from polymath.experts import (
     Vocabulary,
     build_catalog,
+    open_combiner,
     prepare_base_model,
     prepare_graph,
     read_adapter,
@@ -70,6 +72,7 @@ def prepare(config: ConfigFile, progress: Progress = no_progress) -> Prepared:
         except ModelSourceError as error:
             problems.append(config.problem(("base_models", name, "model"), error.message))
     problems += [config.problem(*problem) for problem in _unfit_adapters(config.settings, shapes)]
+    problems += [config.problem(*problem) for problem in _unfit_combiners(config.settings)]
     problems += [config.problem(*problem) for problem in _conflicts(config.settings, folders)]
     try:
         router = open_router(config)
@@ -107,6 +110,15 @@ def _unfit_adapters(settings: Settings, shapes: dict[str, Shapes]) -> Iterator[t
             read_adapter(expert.adapter, shapes[expert.base_model])
         except AdapterError as error:
             yield ("experts", name, "adapter"), error.message
+
+
+def _unfit_combiners(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
+    for name, expert in settings.experts.items():
+        if expert.combiner is not None:
+            try:
+                open_combiner(expert.combiner)
+            except (CombinerError, ModelSourceError) as error:
+                yield ("experts", name, "combiner"), error.message
 
 
 def _conflicts(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[KeyPath, str]]:

@@ -82,6 +82,17 @@ class ChatService:
         """
         return self.answering(explicit(name, self._catalog))
 
+    def cascade(self, name: str) -> Cascade:
+        """An expert of kind `cascade`, for measurements.
+
+        Raises:
+            ModelNotFound: there is none of this name.
+        """
+        expert = self._remote.get(name)
+        if not isinstance(expert, Cascade):
+            raise ModelNotFound(f"There is no cascade {name!r}.", param="model")
+        return expert
+
     async def close(self) -> None:
         """Close the connections and end the engine."""
         for upstream in self.upstreams.values():

@@ -67,6 +67,7 @@ class Settings(BaseModel):
             name: expert.model_copy(
                 update={
                     "adapter": expert.adapter and root / expert.adapter,
+                    "combiner": expert.combiner and root / expert.combiner,
                     "judge": expert.judge and expert.judge.located(root),
                 }
             )

@@ -42,17 +42,20 @@ class Cascade:
     Args:
         settings: of kind `cascade`.
         confidence: the router's, for the judge `difficulty`.
+
+    Attributes:
+        cheap, strong: names of the experts.
     Raises:
         DataError: a reference answer cannot be used.
     """
 
     def __init__(self, settings: ExpertSettings, ask: Ask, confidence: Confidence) -> None:
         assert settings.judge is not None
-        self._cheap, self._strong = str(settings.cheap), str(settings.strong)
+        self.cheap, self.strong = str(settings.cheap), str(settings.strong)
         self._settings: JudgeSettings = settings.judge
         self._ask = ask
         self._confidence = confidence
-        self._judge = open_judge(settings.judge, self._cheap, ask)
+        self._judge = open_judge(settings.judge, self.cheap, ask)
 
     async def whole(self, body: Body) -> dict[str, Any]:
         verdict = await self._verdict(body)
@@ -69,7 +72,7 @@ class Cascade:
         return FirstNoted(events, self._note(verdict))
 
     def _chosen(self, verdict: Verdict) -> str:
-        return self._cheap if verdict.trusted else self._strong
+        return self.cheap if verdict.trusted else self.strong
 
     def _note(self, verdict: Verdict) -> dict[str, Any]:
         return {
@@ -98,11 +101,21 @@ class Cascade:
         if self._settings.kind == "difficulty":
             score = await self._confidence(body)
             return Verdict(score >= threshold, score)
-        reply = await self._ask(self._cheap).whole(self._cheap_request(body))
-        score = await self._judge(body, reply)
+        score, reply = await self.scored(body)
         if score < threshold:
             return Verdict(False, score)
         return Verdict(True, score, self._shown(reply, body))
+
+    async def scored(self, body: Body) -> tuple[float, Mapping[str, Any]]:
+        """The judge's score of the cheap answer, and that answer.
+
+        Raises:
+            PolymathError: there is no answer, or no score.
+        """
+        reply = await self._ask(self.cheap).whole(self._cheap_request(body))
+        if self._settings.kind == "difficulty":
+            return await self._confidence(body), reply
+        return await self._judge(body, reply), reply
 
     def _cheap_request(self, body: Body) -> Body:
         whole = {name: value for name, value in body.items() if name != "stream_options"}

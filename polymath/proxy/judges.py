@@ -105,7 +105,7 @@ class MetaRanking:
     async def __call__(self, body: Body, reply: Mapping[str, Any]) -> float:
         """Weighted votes, from -1 to 1."""
         mine = Reference(last_user_text(body), answer_text(reply), 0.0)
-        votes = await asyncio.gather(*(self._vote(mine, other) for other in self._references))
+        votes = [await self._vote(mine, other) for other in self._references]
         return weighted_votes(votes, [other.score for other in self._references])
 
     async def _vote(self, mine: Reference, other: Reference) -> float:

@@ -110,7 +110,21 @@ class RemoteScores:
                 return await self.score(tokens[: len(tokens) - drafted], 0)
         if len(likeliest) <= drafted:
             raise self._unfit("gave fewer log-probabilities than it was asked for")
-        return [self._support(values) for values in likeliest[-drafted - 1 :]]
+        return [self._support(values, self._size) for values in likeliest[-drafted - 1 :]]
+
+    async def every(self, tokens: Sequence[int]) -> list[Support]:
+        """Supports after every token of a text, with the token that follows, for measurements.
+
+        Raises:
+            PolymathError: the upstream cannot be asked, or cuts the text otherwise.
+        """
+        await self.check()
+        reply = await self._upstream.post(PATH, self._request(tokens, echo=True))
+        named, likeliest = self._scored(reply)
+        if named[-len(tokens) - 1 : -1] != [self._name(index) for index in tokens]:
+            raise self._unfit("cuts a text otherwise than the local model")
+        places = likeliest[len(likeliest) - len(tokens) :]
+        return [self._support(values, self._size + 1) for values in places]
 
     def _request(self, tokens: Sequence[int], echo: bool) -> dict[str, Any]:
         prompt: Any = list(tokens)
@@ -131,9 +145,9 @@ class RemoteScores:
             raise self._unfit("gives no log-probabilities of completions") from None
         return tokens, likeliest
 
-    def _support(self, values: Mapping[str, float]) -> Support:
+    def _support(self, values: Mapping[str, float], size: int) -> Support:
         """The likeliest of those that are known; a token that was not among them may be listed."""
-        best = sorted(values.items(), key=lambda item: item[1], reverse=True)[: self._size]
+        best = sorted(values.items(), key=lambda item: item[1], reverse=True)[:size]
         known = {index: value for name, value in best if (index := self._id(name)) is not None}
         if not known:
             raise self._unfit("names no token that is known here")

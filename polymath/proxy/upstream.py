@@ -107,12 +107,18 @@ class Upstream:
                 return await attempt(server)
             except TryFailed as failed:
                 wait = backoff(tries) if failed.retry_after is None else failed.retry_after
+                if self._has_other(asked):
+                    wait = min(wait, backoff(tries))  # that one did not ask to be left alone
                 hopeless = failed.failure in ("broken", "refused") or wait > LONGEST_WAIT
                 if hopeless or tries > self._num_retries:
                     logger.warning("%s: %s", server.api_base, failed.error.message)
                     raise failed.error from failed
                 logger.info("%s: %s Again in %.1f s.", server.api_base, failed, wait)
                 await asyncio.sleep(wait)
+
+    def _has_other(self, asked: Sequence[Server]) -> bool:
+        """Whether a server may be asked that was not asked yet."""
+        return any(server.breaker.lets_pass for server in self.servers if server not in asked)
 
     def _free_server(self, asked: Sequence[Server]) -> Server:
         """The least busy one that may be asked, rather one that was not asked yet."""

@@ -1,9 +1,16 @@
 """Routers and experts from data, and their evaluation. Imports router, experts and proxy."""
 
 from polymath.training.adapter_card import adapter_card, write_card
+from polymath.training.cascade_evaluation import (
+    JudgedAnswer,
+    cascade_curve,
+    is_right,
+    write_cascade_report,
+)
 from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
 from polymath.training.cluster_training import ClusterTraining
 from polymath.training.clustering import centroids_of, cluster
+from polymath.training.combiner_training import Scorer, train_combiner
 from polymath.training.data import (
     OUT_OF_SCOPE,
     ChatRow,
@@ -45,6 +52,7 @@ __all__ = [
     "AdapterEnsemble",
     "ClusterRecipe",
     "ClusterTraining",
+    "cascade_curve",
     "centroids_of",
     "cluster",
     "encode_chat",
@@ -62,17 +70,20 @@ __all__ = [
     "ConversationRow",
     "ExpertReport",
     "FinetuneRecipe",
+    "JudgedAnswer",
     "LoraRecipe",
     "LoraTrainer",
     "Perplexity",
     "PromptRow",
     "RoutedPrompt",
     "RouterRecipe",
+    "Scorer",
     "adapter_card",
     "answer_perplexity",
     "evaluate_conversations",
     "expert_matrix",
     "fingerprint",
+    "is_right",
     "mcnemar",
     "measure_perplexity",
     "read_chats",
@@ -80,8 +91,10 @@ __all__ = [
     "read_prompts",
     "route_prompts",
     "summarise_routing",
+    "train_combiner",
     "train_router",
     "with_typos",
     "write_card",
+    "write_cascade_report",
     "write_router_report",
 ]
