@@ -392,8 +392,8 @@ def test_experts_that_combine_others_are_read(tmp_path: Path, lines: tuple[str, 
         ),
         (
             ("kind: ensemble", MEMBERS, "combine: logit"),
-            "17: experts.x.combine: 'logit' is not one of logits, probabilities, posterior, comblm; "
-            "did you mean logits?",
+            "17: experts.x.combine: 'logit' is not one of logits, probabilities, posterior, "
+            "comblm; did you mean logits?",
         ),
         (
             (*STEERED, "alpha: .inf"),
