@@ -58,9 +58,9 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed ## all benchmarks but those of hours
+bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed bench-steering ## all benchmarks but those of hours
 
-.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed
+.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed bench-steering
 DATA ?= ../shared/data
 WORK ?= /tmp/polymath-elrea
 
@@ -100,6 +100,9 @@ bench-scaling: $(VENV)/dev.installed ## tokens/s for 1 to 16 rows and 1 to 64 lo
 
 bench-speed: $(VENV)/dev.installed $(LLAMA)/llama.installed ## speed against PEFT and llama.cpp (builds llama.cpp once)
 	$(BIN)/python -m bench.speed --llama $(LLAMA)/bin/python
+
+bench-steering: $(VENV)/dev.installed $(LLAMA)/llama.installed ## calls to a remote model that a steered token takes (DATA=folder)
+	$(BIN)/python -m bench.steering --data $(DATA) --llama $(LLAMA)/bin/python
 
 $(LLAMA)/llama.installed:
 	$(PYTHON) -m venv $(LLAMA)

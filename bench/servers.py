@@ -50,13 +50,20 @@ def polymath_server(config: Path) -> Iterator[str]:
 
 
 @contextmanager
-def llama_server(python: Path, model: Path, adapter: Path | None, threads: int) -> Iterator[str]:
-    """llama-cpp-python's OpenAI server; its URL."""
+def llama_server(
+    python: Path, model: Path, adapter: Path | None, threads: int, every_logit: bool = False
+) -> Iterator[str]:
+    """llama-cpp-python's OpenAI server; its URL.
+
+    Args:
+        every_logit: keep those of the prompt too, for `echo` with `logprobs`.
+    """
     port = _free_port()
     command = [str(python), "-m", "llama_cpp.server", "--model", str(model)]
     command += ["--port", str(port), "--n_ctx", "2048", "--n_threads", str(threads)]
     command += ["--n_threads_batch", str(threads)]
     command += ["--lora_path", str(adapter)] if adapter else []
+    command += ["--logits_all", "true"] if every_logit else []
     with _running(command):
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/v1/models")
