@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from polymath.errors import UpstreamUnavailable
 from polymath.experts import Deployment, ExpertSettings
 from polymath.proxy.answering import Events
+from polymath.proxy.failures import TryFailed
 from polymath.proxy.retry import LONGEST_WAIT, backoff
-from polymath.proxy.server import Server, TryFailed
+from polymath.proxy.server import Server
 
 __all__ = ["Upstream"]
 
