@@ -10,7 +10,7 @@ PINNED := -c constraints.txt
 REQUIRED := pyproject.toml constraints.txt models.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run chat test lint types unit system-packages schema docs bench demo-artifacts clean
+.PHONY: help run chat test test-peers lint types unit system-packages schema docs bench demo-artifacts clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -45,6 +45,9 @@ types: $(VENV)/dev.installed ## mypy strict
 
 unit: $(VENV)/dev.installed system-packages ## all tests
 	$(BIN)/pytest --durations=10
+
+test-peers: $(VENV)/dev.installed $(LLAMA)/llama.installed ## tests against llama.cpp's server (builds it once)
+	LLAMA=$(abspath $(LLAMA))/bin/python $(BIN)/pytest -m peers
 
 system-packages: # a Redis server for the tests
 	@command -v redis-server >/dev/null \
