@@ -51,10 +51,12 @@ class CascadeCurve:
     """Accuracy over the share that is escalated.
 
     Attributes:
+        answers: how many were judged.
         points: from nobody to everybody.
         area: under the curve; random_area: under that of escalating at random.
     """
 
+    answers: int
     points: tuple[Point, ...]
     area: float
     random_area: float
@@ -62,7 +64,7 @@ class CascadeCurve:
     def summary(self) -> dict[str, float]:
         """The numbers without the curve."""
         return {
-            "n": len(self.points) - 1,
+            "n": self.answers,
             "accuracy_cheap": round(self.points[0].accuracy, 4),
             "accuracy_strong": round(self.points[-1].accuracy, 4),
             "area": round(self.area, 4),
@@ -94,7 +96,8 @@ def cascade_curve(answers: Sequence[JudgedAnswer]) -> CascadeCurve:
         (there.escalated - here.escalated) * (here.accuracy + there.accuracy) / 2
         for here, there in pairwise(points)
     )
-    return CascadeCurve(tuple(points), area, (points[0].accuracy + points[-1].accuracy) / 2)
+    random_area = (points[0].accuracy + points[-1].accuracy) / 2
+    return CascadeCurve(len(ordered), tuple(points), area, random_area)
 
 
 def is_right(said: str, wanted: str, match: Match) -> bool:
