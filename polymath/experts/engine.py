@@ -105,11 +105,14 @@ class Engine:
         return scored
 
     def close(self) -> None:
-        """End the thread; what still runs is cancelled."""
+        """End the thread; what still runs or waits ends with an error."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        for group in [*self._batch.groups, *self._waiting]:
+            if not group.over:
+                group.fail(_shutting_down())
 
     @property
     def active(self) -> int:
@@ -136,7 +139,7 @@ class Engine:
     def _queue(self, groups: Sequence[Group]) -> None:
         with self._wake:
             if self._closed:
-                raise NotReady("The server is shutting down.")
+                raise _shutting_down()
             self._check_queue(groups)
             self._waiting += groups
             self._wake.notify()
@@ -208,12 +211,21 @@ class Engine:
         """Let finished groups go and waiting ones in; sleep if there is none. False: closed."""
         self._batch.release()
         with self._wake:
-            self._waiting = deque(one for one in self._waiting if not one.over)
+            self._drop_over()
             while not (self._closed or self._batch.busy or self._startable(self._waiting)):
                 self._wake.wait()
+                self._drop_over()
             for _ in range(self._startable(self._waiting)):
                 self._batch.start(self._waiting.popleft())
             return not self._closed
+
+    def _drop_over(self) -> None:
+        """Nobody waits behind a group that is not wanted any more."""
+        self._waiting = deque(one for one in self._waiting if not one.over)
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("The server is shutting down.")
 
 
 def _check_length(prompt: int, answer: int, limit: int) -> None:

@@ -74,6 +74,7 @@ class ScoredRow:
     def close(self) -> None:
         """Give the row's place away."""
         self.over = True
+        self._error = self._error or GenerationFailed("The generation failed: the row is closed.")
         if self._block is not None:
             self._block.scored.cancel()
         self._wake()
