@@ -46,11 +46,12 @@ class Support:
         return max(1.0 - sum(map(math.exp, self.log_probs.values())), 0.0)
 
     def logits(self, vocabulary: int) -> Tensor:
-        """[vocab], minus infinity outside of the support."""
+        """[vocab], minus infinity outside of the support and without ids that it pads with."""
         import torch
 
+        known = {index: value for index, value in self.log_probs.items() if index < vocabulary}
         row = torch.full((vocabulary,), -math.inf)
-        row[list(self.log_probs)] = torch.tensor(list(self.log_probs.values()))
+        row[list(known)] = torch.tensor(list(known.values()))
         return row
 
 
@@ -105,8 +106,9 @@ class RemoteScores:
         reply = await self._upstream.post(PATH, self._request(tokens, echo=drafted > 0))
         named, likeliest = self._scored(reply)
         if drafted:
-            own = [self._name(index) for index in tokens[len(tokens) - drafted :]]
-            if named[-drafted - 1 : -1] != own:
+            draft = tokens[len(tokens) - drafted :]
+            own = [self._name(index) for index in draft]
+            if named[-drafted - 1 : -1] != own or not self._can_be_told(draft):
                 return await self.score(tokens[: len(tokens) - drafted], 0)
         if len(likeliest) <= drafted:
             raise self._unfit("gave fewer log-probabilities than it was asked for")
@@ -123,6 +125,8 @@ class RemoteScores:
         named, likeliest = self._scored(reply)
         if named[-len(tokens) - 1 : -1] != [self._name(index) for index in tokens]:
             raise self._unfit("cuts a text otherwise than the local model")
+        if len(likeliest) < len(tokens):
+            raise self._unfit("gave fewer log-probabilities than it was asked for")
         places = likeliest[len(likeliest) - len(tokens) :]
         return [self._support(values, self._size + 1) for values in places]
 
@@ -135,13 +139,16 @@ class RemoteScores:
             request["return_tokens_as_token_ids"] = True
         return {**request, "echo": True} if echo else request
 
-    def _scored(self, reply: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, float]]]:
+    def _scored(self, reply: Mapping[str, Any]) -> tuple[list[str], list[dict[str, float]]]:
         """Tokens and the likeliest ones at their places."""
         try:
             logprobs = reply["choices"][0]["logprobs"]
             tokens = [str(token) for token in logprobs["tokens"]]
-            likeliest = [values or {} for values in logprobs["top_logprobs"]]
-        except (KeyError, IndexError, TypeError):
+            likeliest = [
+                {str(name): float(value) for name, value in (values or {}).items()}
+                for values in logprobs["top_logprobs"]
+            ]
+        except (AttributeError, LookupError, TypeError, ValueError):
             raise self._unfit("gives no log-probabilities of completions") from None
         return tokens, likeliest
 
@@ -158,6 +165,15 @@ class RemoteScores:
             return self._ids.get(name)
         number = name.removeprefix(ID)
         return int(number) if number.isdecimal() else None
+
+    def _can_be_told(self, draft: Sequence[int]) -> bool:
+        """Whether a draft arrives as it is: half a character is another text."""
+        if not self._by_id:
+            try:
+                b"".join(map(self._local.vocabulary.piece, draft)).decode()
+            except UnicodeDecodeError:
+                return False
+        return True
 
     def _name(self, index: int) -> str:
         return f"{ID}{index}" if self._by_id else self._text(index)
