@@ -87,14 +87,22 @@ def import_experts(
     import os
 
     import yaml
+    from pydantic import ValidationError
 
+    from polymath.artifacts import first_problem
+    from polymath.errors import UpstreamFailed
     from polymath.experts import ExpertSettings
     from polymath.proxy import Upstream
 
-    key = {} if api_key is None else {"api_key": os.environ.get(api_key, "")}
-    settings = ExpertSettings.model_validate(
-        {"kind": "upstream", "api_base": api_base, "model": "all", "timeout": 30, **key}
-    )
+    if api_key is not None and not os.environ.get(api_key):
+        raise typer.BadParameter(f"the environment variable {api_key} is not set")
+    key = {} if api_key is None else {"api_key": os.environ[api_key]}
+    try:
+        settings = ExpertSettings.model_validate(
+            {"kind": "upstream", "api_base": api_base, "model": "all", "timeout": 30, **key}
+        )
+    except ValidationError as error:  # its own text shows the key
+        raise typer.BadParameter(first_problem(error)) from None
 
     async def listed() -> list[str]:
         upstream = Upstream("the import", settings)
@@ -102,11 +110,14 @@ def import_experts(
             reply = await upstream.get("/models")
         finally:
             await upstream.close()
-        return [str(model["id"]) for model in reply.get("data", [])]
+        try:
+            return [str(model["id"]) for model in reply["data"]]
+        except (KeyError, TypeError):
+            raise UpstreamFailed(f"{api_base}/models lists no models.") from None
 
     shown = {} if api_key is None else {"api_key": f"${{{api_key}}}"}
     experts = {
-        f"{prefix}{re.sub(NOT_IN_NAMES, '-', model)}": {
+        re.sub(NOT_IN_NAMES, "-", f"{prefix}{model}"): {
             "kind": "upstream",
             "api_base": api_base,
             **shown,

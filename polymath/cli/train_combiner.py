@@ -105,6 +105,8 @@ def _scorer(
         model = models.get(str(expert.settings.base_model))
         if model is None:
             raise typer.BadParameter(f"{expert.name!r} is no single model; choose one as --large")
+        if model.vocabulary != local.vocabulary:
+            raise typer.BadParameter(f"{expert.name!r} has another vocabulary than --small")
         yield _local_scorer(expert, model)
         return
     with asyncio.Runner() as runner:
