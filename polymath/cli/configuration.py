@@ -12,6 +12,8 @@ __all__ = ["check", "experts_app", "schema"]
 
 NOT_IN_NAMES = r"[^A-Za-z0-9._:/-]"
 """Characters that no expert's name may have."""
+NOT_FIRST = "._:/-"
+"""Characters that it may not begin with."""
 
 experts_app = typer.Typer(help="The experts of a config.", no_args_is_help=True)
 
@@ -117,7 +119,7 @@ def import_experts(
 
     shown = {} if api_key is None else {"api_key": f"${{{api_key}}}"}
     experts = {
-        re.sub(NOT_IN_NAMES, "-", f"{prefix}{model}"): {
+        _name(f"{prefix}{model}"): {
             "kind": "upstream",
             "api_base": api_base,
             **shown,
@@ -126,3 +128,8 @@ def import_experts(
         for model in asyncio.run(listed())
     }
     typer.echo(yaml.safe_dump({"experts": experts}, sort_keys=False), nl=False)
+
+
+def _name(model: str) -> str:
+    """What the config may call a model; vLLM names one by its path unless told otherwise."""
+    return re.sub(NOT_IN_NAMES, "-", model).lstrip(NOT_FIRST)

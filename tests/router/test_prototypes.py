@@ -232,10 +232,10 @@ def test_the_order_of_examples_and_of_references_does_not_matter(seed: int, coun
 @given(seed=seeds, times=st.integers(2, 5))
 @settings(max_examples=30, deadline=None)
 def test_references_that_are_all_repeated_say_no_more(seed: int, times: int) -> None:
-    """Of 101 references the quantile is the 99th itself; else it lies between two of them, and
+    """Of 1,001 references the quantile is one of them itself; else it lies between two of them, and
     where between depends a little on how many there are."""
-    examples, references, prompts = cloud(3, seed), cloud(101, seed + 1), cloud(3, seed + 2)
-    domains = [f"t{index % 2}" for index in range(101)]
+    examples, references, prompts = cloud(3, seed), cloud(1001, seed + 1), cloud(3, seed + 2)
+    domains = [f"t{index % 2}" for index in range(1001)]
     once = Prototypes({"a": examples}, references, domains)
     often = Prototypes({"a": examples}, np.tile(references, (times, 1)), domains * times)
     np.testing.assert_allclose(
