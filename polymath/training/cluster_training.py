@@ -37,7 +37,7 @@ from polymath.training.data import ChatRow, fingerprint
 from polymath.training.distillation import distil
 from polymath.training.examples import encode_chat
 from polymath.training.instruction_gradients import InstructionGradients
-from polymath.training.lora import Advance, LoraTrainer
+from polymath.training.lora import CHECKPOINT_FOLDER, Advance, LoraTrainer
 from polymath.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class ClusterTraining:
         write_cluster_report(self._out, findings, losses, f"Clusters of {self._base_model}")
         write_cluster_config(self._out, artifact.card, recipe.top_k)
         artifact.save(self._out)
-        shutil.rmtree(self._work)
+        for folder in (self._work, *self._out.glob(f"*/{CHECKPOINT_FOLDER}")):
+            shutil.rmtree(folder)
         return artifact
 
     def _open_work_folder(self) -> None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Agreement", "distil"]
 
 CALIBRATION_TEXTS = 256
-REGULARISATION = 1.0
+INVERSE_REGULARISATION = (1.0, 10.0, 100.0)
+"""The one whose guesses are nearest out of fold is taken."""
 TEMPERATURE = 1.0
 """The weights are learned as they are."""
 FOLDS = 5
@@ -76,8 +77,11 @@ def distil(
     rows = [PromptRow(text=text or " ", domain="cluster") for text in texts]
     length = encoder_length(source)
     vectors, _ = halves(encode_prompts(SentenceEncoder(out, 2, length), rows))
-    agreement = _out_of_fold(vectors, weights, seed)
-    head = _fit(vectors, weights)
+    agreements = {
+        value: _out_of_fold(vectors, weights, value, seed) for value in INVERSE_REGULARISATION
+    }
+    best = min(agreements, key=lambda value: agreements[value].distance)
+    agreement, head = agreements[best], _fit(vectors, weights, best)
     RouterArtifact(
         card=RouterCard(
             encoder=encoder,
@@ -95,24 +99,28 @@ def distil(
     return agreement, vectors
 
 
-def _out_of_fold(vectors: NDArray[np.float32], weights: Floats, seed: int) -> Agreement:
+def _out_of_fold(
+    vectors: NDArray[np.float32], weights: Floats, inverse_regularisation: float, seed: int
+) -> Agreement:
     import numpy as np
     from sklearn.model_selection import KFold
 
     guessed = np.empty_like(weights)
     folds = KFold(min(FOLDS, len(vectors)), shuffle=True, random_state=seed)
     for train, test in folds.split(vectors):
-        logits = _fit(vectors[train], weights[train]).logits(vectors[test])
-        guessed[test] = calibrated(logits, TEMPERATURE)
+        head = _fit(vectors[train], weights[train], inverse_regularisation)
+        guessed[test] = calibrated(head.logits(vectors[test]), TEMPERATURE)
     top = float((guessed.argmax(axis=1) == weights.argmax(axis=1)).mean())
     return Agreement(top, float(np.abs(guessed - weights).sum(axis=1).mean() / 2))
 
 
-def _fit(vectors: NDArray[np.float32], weights: Floats) -> RouterHead:
+def _fit(
+    vectors: NDArray[np.float32], weights: Floats, inverse_regularisation: float
+) -> RouterHead:
     """Logistic regression on soft targets: each prompt once for each cluster, by its weight."""
     import numpy as np
 
     clusters = weights.shape[1]
     repeated = np.repeat(vectors, clusters, axis=0)
     targets = np.tile(np.arange(clusters), len(vectors))
-    return fit_head(repeated, targets, weights.ravel().astype(np.float64), REGULARISATION)
+    return fit_head(repeated, targets, weights.ravel().astype(np.float64), inverse_regularisation)
