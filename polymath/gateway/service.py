@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 __all__ = ["ChatService", "decide", "open_service"]
 
 
+CHECK_SECONDS = 10.0
+"""An upstream that is slower at the start is checked when it is first asked."""
+
+
 class ChatService:
     """The experts of a config, ready to answer.
 
@@ -107,9 +111,10 @@ class ChatService:
         """
         for name, scores in self._steered.items():
             try:
-                await scores.check()
-            except (UpstreamFailed, Overloaded) as error:
-                logger.warning("%s is not checked yet: %s", name, error.message)
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await scores.check()
+            except (UpstreamFailed, Overloaded, TimeoutError) as error:
+                logger.warning("the upstream of %s cannot be checked yet: %s", name, error)
 
     def _steered_upstreams(self) -> Iterator[tuple[str, RemoteScores]]:
         """By the name of the proxy-tuned expert."""
