@@ -1,7 +1,7 @@
 """Calls to a remote model that one steered token takes: token by token, and in blocks.
 
-The remote model is SmolLM2 in llama.cpp's server, steered by our math expert (proxy-tuning, Liu et
-al. 2024), or any upstream that is named. `make bench-steering`.
+The remote model is the general expert in llama.cpp's server (so that M is not M-), steered by the
+math expert (proxy-tuning, Liu et al. 2024), or any upstream that is named. `make bench-steering`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.demo import BASE, load_demo
+from bench.gguf_adapter import write_gguf_adapter
 from bench.servers import llama_server
 from polymath.artifacts import package_files
-from polymath.experts import ExpertSettings
+from polymath.experts import ExpertSettings, adapters_on
 from polymath.gateway import ChatService, Prepared, open_service
 
-TUNED = "math"
+LARGE, TUNED = "general", "math"
 TOKENS = 96
 SUPPORT = 20
 DRAFTS: dict[str, int | None] = {
@@ -64,10 +66,21 @@ def _upstream(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.upstream:
         yield arguments.upstream
         return
-    source = load_demo().settings.base_models[BASE].model
+    from transformers import AutoConfig
+
+    demo = load_demo()
+    source = demo.settings.base_models[BASE].model
     gguf = next(file for file in package_files(source) if file.suffix == ".gguf")
-    with llama_server(arguments.llama, gguf, None, 2, every_logit=True) as url:
-        yield f"{url}/v1"
+    config = AutoConfig.from_pretrained(demo.folders[BASE])
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = write_gguf_adapter(
+            adapters_on(BASE, demo.settings.experts)[LARGE],
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            Path(folder) / f"{LARGE}.gguf",
+        )
+        with llama_server(arguments.llama, gguf, adapter, 2, every_logit=True) as url:
+            yield f"{url}/v1"
 
 
 async def _measure(url: str, model: str, questions: Sequence[str]) -> None:
