@@ -96,12 +96,13 @@ class Engine:
         Raises:
             ContextLengthExceeded, InvalidRequest, ModelNotFound, Overloaded, NotReady: as `submit`.
         """
-        model = self.models[row.base_model]
-        _check_length(len(row.prompt), max_tokens, model.context_length)
-        adapter = None if row.adapter is None else model.adapters.find(row.adapter)
-        scored = ScoredRow(row, adapter, max_tokens, self._notify)
+        return self.score_together([row], max_tokens)[0]
+
+    def score_together(self, rows: Sequence[Row], max_tokens: int) -> list[ScoredRow]:
+        """Queue rows that wait for each other, all or none; else as `score`."""
+        scored = [self._scored(row, max_tokens) for row in rows]
         self._check_size(scored)
-        self._queue([scored])
+        self._queue(scored)
         return scored
 
     def close(self) -> None:
@@ -158,19 +159,28 @@ class Engine:
         first = self.models[group.rows[0].base_model]
         decoding = Decoding(group, rows, first.vocabulary, first.eos_ids, completion.deliver)
         completion.on_close(decoding.cancel)
-        self._check_size(decoding)
+        self._check_size([decoding])
         return decoding
 
-    def _check_size(self, decoding: Group) -> None:
+    def _scored(self, row: Row, max_tokens: int) -> ScoredRow:
+        model = self.models[row.base_model]
+        _check_length(len(row.prompt), max_tokens, model.context_length)
+        adapter = None if row.adapter is None else model.adapters.find(row.adapter)
+        return ScoredRow(row, adapter, max_tokens, self._notify)
+
+    def _check_size(self, groups: Sequence[Group]) -> None:
+        """The groups of one answer can run at the same time."""
         settings = self._settings
-        if len(decoding.rows) > settings.max_num_seqs:
+        rows = sum(len(group.rows) for group in groups)
+        longest = sum(group.longest for group in groups)
+        if rows > settings.max_num_seqs:
             raise InvalidRequest(
-                f"The answer needs {len(decoding.rows)} rows, but the engine runs at most "
+                f"The answer needs {rows} rows, but the engine runs at most "
                 f"{settings.max_num_seqs}; raise engine.max_num_seqs."
             )
-        if decoding.longest > settings.kv_cache_tokens:
+        if longest > settings.kv_cache_tokens:
             raise ContextLengthExceeded(
-                f"The answer may need {decoding.longest} tokens of cache, but the engine has "
+                f"The answer may need {longest} tokens of cache, but the engine has "
                 f"{settings.kv_cache_tokens}. Please reduce the length of the messages or "
                 "completion, or raise engine.kv_cache_tokens.",
                 param="messages",

@@ -139,19 +139,14 @@ class LocalAnswers:
         return answers
 
     def _steered(self, expert: Expert, group: DecodeGroup) -> SteeredAnswer:
-        tuned_row, untuned_row = group.rows
-        tuned = self._engine.score(tuned_row, group.sampling.max_tokens)
-        try:
-            untuned = self._engine.score(untuned_row, group.sampling.max_tokens)
-        except PolymathError:
-            tuned.close()
-            raise
+        row = group.rows[1]
+        tuned, untuned = self._engine.score_together(group.rows, group.sampling.max_tokens)
         return SteeredAnswer(
             self._remotes[expert.name],
-            untuned_row.prompt,
+            row.prompt,
             tuned,
             untuned,
-            self._engine.models[untuned_row.base_model],
+            self._engine.models[row.base_model],
             group,
             DraftLength(expert.settings.draft),
         )

@@ -450,6 +450,46 @@ async def test_a_row_that_failed_says_so_again_and_leaves(
     assert await until(lambda: engine.active == 0)
 
 
-async def test_a_row_of_more_rows_than_the_engine_has_is_never_let_in(opened: Open) -> None:
-    with pytest.raises(InvalidRequest, match="at most 1"):
-        opened(max_num_seqs=1).submit([group(row_of("math"), row_of("law"))])
+# --- rows that wait for each other ----------------------------------------------------------------
+
+
+async def test_rows_that_wait_for_each_other_start_when_both_have_a_place(
+    opened: Open, model: LoraModel
+) -> None:
+    engine = opened(max_num_seqs=2)
+    (running,) = engine.submit([group(row_of("law"))])
+    both = engine.score_together([row_of("math"), row_of(None)], 4)
+    found = await in_time(asyncio.gather(*(one.extend(()) for one in both)))
+    assert_close(found[0], model.all_logits("math", PROMPT)[-1:])
+    assert_close(found[1], model.all_logits(None, PROMPT)[-1:])
+    assert len(await tokens(running)) == 12
+    for one in both:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"max_num_seqs": 1}, InvalidRequest),
+        ({"kv_cache_tokens": 2 * len(PROMPT) + 7}, ContextLengthExceeded),
+    ],
+)
+async def test_rows_that_could_never_run_together_are_refused(
+    opened: Open, settings: dict[str, int], refused: type[Exception]
+) -> None:
+    """One of them would hold its place and wait for the other for ever."""
+    engine = opened(**settings)
+    with pytest.raises(refused):
+        engine.score_together([row_of("math"), row_of("law")], 4)
+    assert engine.active == 0
+    engine.score(row_of("math"), 4).close()
+
+
+async def test_a_full_queue_takes_both_rows_or_none(opened: Open) -> None:
+    engine = opened(max_num_seqs=2, max_waiting=1)
+    running = [engine.score(row_of("math"), 4) for _ in range(2)]
+    with pytest.raises(Overloaded):
+        engine.score_together([row_of("math"), row_of("law")], 4)
+    assert engine.active == 2
+    for one in running:
+        one.close()
