@@ -44,6 +44,9 @@ PROMPT = tuple(b"Tell me about the moon")
 CLOSE = 1e-5
 """Logits of a size up to 1 that float32 sums in another order."""
 
+ASLEEP = 0.1
+"""Seconds after which an engine without work sleeps."""
+
 Open = Callable[..., Engine]
 
 
@@ -359,6 +362,7 @@ async def test_a_row_that_waits_can_be_closed_while_another_is_idle(opened: Open
     engine = opened(max_num_seqs=1)
     first, second = engine.score(row_of("math"), 4), engine.score(row_of("law"), 4)
     await first.extend(())
+    await asyncio.sleep(ASLEEP)
     second.close()
     assert await until(lambda: engine.active == 1)
     assert engine.stats().waiting == 0
@@ -370,6 +374,7 @@ async def test_nobody_waits_behind_a_group_that_is_not_wanted_any_more(opened: O
     idle = engine.score(row_of("math"), 4)
     await idle.extend(())
     (pair,) = engine.submit([group(row_of("math"), row_of("law"))])
+    await asyncio.sleep(ASLEEP)
     pair.close()
     (alone,) = engine.submit([group(row_of("law"))])
     assert len(await in_time(tokens(alone))) == 12
