@@ -118,15 +118,12 @@ def import_experts(
             raise UpstreamFailed(f"{api_base}/models lists no models.") from None
 
     shown = {} if api_key is None else {"api_key": f"${{{api_key}}}"}
-    experts = {
-        _name(f"{prefix}{model}"): {
-            "kind": "upstream",
-            "api_base": api_base,
-            **shown,
-            "model": model,
-        }
-        for model in asyncio.run(listed())
-    }
+    experts: dict[str, dict[str, str]] = {}
+    for model in asyncio.run(listed()):
+        name = _name(f"{prefix}{model}")
+        if name in experts:
+            name = f"{name}-{len(experts)}"
+        experts[name] = {"kind": "upstream", "api_base": api_base, **shown, "model": model}
     typer.echo(yaml.safe_dump({"experts": experts}, sort_keys=False), nl=False)
 
 

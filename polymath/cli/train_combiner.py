@@ -16,7 +16,8 @@ from polymath.cli.options import DEFAULT_CONFIG, ConfigOption, DataFiles
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polymath.experts import Expert, LoraModel
+    from polymath.experts import Expert, ExpertSettings, LoraModel
+    from polymath.gateway import Settings
     from polymath.training import Scorer
 
 __all__ = ["train_combiner_command"]
@@ -63,7 +64,8 @@ def train_combiner_command(
         prepared = prepare(load_config(config), progress)
     settings = prepared.settings
     catalog = build_catalog(settings.base_models, settings.experts)
-    for name in (large, small):
+    names = (large, small)
+    for name in names:
         if name not in catalog:
             raise typer.BadParameter(f"no expert {name!r}; there are {', '.join(catalog)}")
     models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
@@ -76,17 +78,28 @@ def train_combiner_command(
         card = train_combiner(
             rows,
             local.tokenizer,
-            (large, small),
+            names,
             (large_scorer, of_small),
             kind.value,
             out,
             seed,
             progress,
+            ":".join(_identity(catalog[name].settings, settings, support) for name in names),
         )
     for name, value in card.perplexity.items():
         typer.echo(f"{name}: perplexity {value:.4f}")
     mixed = "a network" if card.share is None else f"{card.share:.4f}"
     typer.echo(f"{out}: share of {small}: {mixed}")
+
+
+def _identity(expert: ExpertSettings, settings: Settings, support: int) -> str:
+    """Whatever changes what a model says."""
+    from polymath.experts import adapter_sha256
+
+    if expert.kind == "upstream":
+        return f"{expert.api_base}:{expert.model}:{support}"
+    base = settings.base_models[str(expert.base_model)].model
+    return base if expert.adapter is None else f"{base}:{adapter_sha256(expert.adapter)}"
 
 
 def _local_scorer(expert: Expert, model: LoraModel) -> Scorer:

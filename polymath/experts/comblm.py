@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polymath.artifacts import open_graph
-from polymath.errors import CombinerError
+from polymath.errors import CombinerError, ModelSourceError
 from polymath.experts.combiner import CombinerState
 
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ def open_combiner(folder: Path) -> CombLM:
     if card.share is not None:
         share = card.share
         return CombLM(lambda features: share, card.kind, share)
-    session = open_graph(folder / COMBINER_GRAPH, 1, "train the combiner again")
+    try:
+        session = open_graph(folder / COMBINER_GRAPH, 1, "train the combiner again")
+    except ModelSourceError as error:
+        raise CombinerError(error.message) from error
 
     def of_network(features: Tensor) -> float:
         (shares,) = session.run(None, {"features": features[None].numpy()})

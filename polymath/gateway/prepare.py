@@ -117,7 +117,7 @@ def _unfit_combiners(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
         if expert.combiner is not None:
             try:
                 open_combiner(expert.combiner)
-            except (CombinerError, ModelSourceError) as error:
+            except CombinerError as error:
                 yield ("experts", name, "combiner"), error.message
 
 

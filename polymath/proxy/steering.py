@@ -140,8 +140,9 @@ class SteeredAnswer:
             probabilities.append(self._draft_probabilities(rows[-1][0]))
             tokens.append(self._sampler.draw(probabilities[-1]))
             rows.append(await self._extended(tokens[-1:]))
-        self._calls += 1
         supports = await self._remote.score([*self._tokens, *tokens], len(tokens))
+        # a draft that the upstream cuts otherwise is asked for again without it
+        self._calls += 1 if len(supports) > len(tokens) else 2
         return _Block(tuple(tokens), tuple(probabilities), torch.stack(rows), supports)
 
     async def _extended(self, token: Sequence[int], cut: int = 0) -> Tensor:

@@ -92,16 +92,19 @@ def train_combiner(
     out: Path,
     seed: int = 0,
     progress: Progress = no_progress,
+    models: str = "",
 ) -> CombinerCard:
     """Fit a combiner and write its folder.
 
     Args:
         rows: conversations; a third of them is held out.
         names: of the large and the small model; scorers: in the same order.
+        models: tells them from others of the same names, whose scores are forgotten.
     Raises:
-        DataError: there are fewer than two conversations with an answer.
+        DataError: there are fewer than three conversations with an answer.
     """
-    scores = _cached_scores(rows, tokenizer, names, scorers, out, progress)
+    key = f"{fingerprint(rows)}:{names[0]}:{names[1]}:{models}"
+    scores = _cached_scores(rows, tokenizer, key, scorers, out, progress)
     held_out = scores.rows % HELD_OUT == HELD_OUT - 1
     if held_out.all() or not held_out.any():
         raise DataError(f"a combiner needs at least {HELD_OUT} conversations with an answer")
@@ -169,7 +172,7 @@ def _perplexity(scores: AnswerScores, share: Any) -> float:
 def _cached_scores(
     rows: Sequence[ChatRow],
     tokenizer: PreTrainedTokenizerBase,
-    names: tuple[str, str],
+    key: str,
     scorers: tuple[Scorer, Scorer],
     out: Path,
     progress: Progress,
@@ -177,7 +180,6 @@ def _cached_scores(
     """Of the folder, if they are of the same data and models."""
     import numpy as np
 
-    key = f"{fingerprint(rows)}:{names[0]}:{names[1]}"
     file = out / CACHE
     if file.exists():
         with np.load(file) as saved:
