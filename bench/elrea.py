@@ -45,7 +45,6 @@ from polymath.router import (
     locate_encoder,
 )
 from polymath.training import (
-    AdapterEnsemble,
     ChatRow,
     ClusterRecipe,
     ClusterTraining,
@@ -56,7 +55,6 @@ from polymath.training import (
     cluster,
     encode_chat,
     expert_folder,
-    padding_id,
     read_chats,
 )
 
@@ -83,6 +81,8 @@ NUMBER_TOKENS = 160
 TOKENS = 60_000
 CLUSTERS = 6
 TOP_K = 3
+IGNORED = -100
+"""Labels that are not of an answer."""
 MAX_LENGTH = 512
 
 Weights = list[Mapping[str | None, float]]
@@ -161,20 +161,29 @@ class Bench:
         return losses, exact, numbers
 
     def _losses(self, adapters: dict[str, Path], weights: Weights) -> dict[str, float]:
+        """Nats a token of each domain's answers, by the network that serves them."""
+        import torch
+
         rows, _, _ = self._held_out
-        ensemble = AdapterEnsemble(
-            self._folder, adapters or {"unused": self._single_folder()}, self._pad
-        )
-        encoded = [encode_chat(self._tokenizer, row, 2 * MAX_LENGTH) for row, _ in rows]
-        kept = [place for place, example in enumerate(encoded) if example is not None]
-        examples = [example for example in encoded if example is not None]
-        losses = ensemble.losses(examples, [weights[place] for place in kept])
-        tokens = [sum(label >= 0 for label in example.labels[1:]) for example in examples]
-        result = {}
-        for domain in DOMAINS:
-            mine = [index for index, place in enumerate(kept) if rows[place][1] == domain]
-            result[domain] = float(losses[mine].sum()) / sum(tokens[index] for index in mine)
-        return result
+        model = LoraModel(self._folder, adapters, EngineSettings())
+        sums: dict[str, list[float]] = {domain: [] for domain in DOMAINS}
+        tokens = dict.fromkeys(DOMAINS, 0)
+        for (row, domain), shares in zip(rows, weights, strict=True):
+            example = encode_chat(self._tokenizer, row, 2 * MAX_LENGTH)
+            if example is None:
+                continue
+            labels = torch.tensor(example.labels[1:])
+            answers = labels != IGNORED
+            combined = torch.stack(
+                [
+                    share * model.all_logits(adapter, example.ids)[:-1][answers]
+                    for adapter, share in shares.items()
+                ]
+            ).sum(0)
+            loss = torch.nn.functional.cross_entropy(combined, labels[answers], reduction="sum")
+            sums[domain].append(float(loss))
+            tokens[domain] += int(answers.sum())
+        return {domain: sum(sums[domain]) / tokens[domain] for domain in DOMAINS}
 
     async def _answers(self, adapters: dict[str, Path], weights: Weights) -> list[str]:
         """Greedy answers through the engine."""
@@ -203,10 +212,6 @@ class Bench:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._folder)
-
-    @property
-    def _pad(self) -> int:
-        return padding_id(self._tokenizer)
 
     @cached_property
     def training(self) -> ClusterTraining:

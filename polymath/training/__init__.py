@@ -24,8 +24,7 @@ from polymath.training.data import (
 )
 from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
 from polymath.training.engine_perplexity import answer_perplexity
-from polymath.training.ensemble_loss import AdapterEnsemble
-from polymath.training.examples import encode_chat, padding_id
+from polymath.training.examples import encode_chat
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.instruction_gradients import InstructionGradients
 from polymath.training.labelled import LabelledPrompts
@@ -49,7 +48,6 @@ from polymath.training.source_folds import SourceFold, source_folds
 __all__ = [
     "InstructionGradients",
     "find_centres",
-    "AdapterEnsemble",
     "ClusterRecipe",
     "ClusterTraining",
     "cascade_curve",
@@ -57,7 +55,6 @@ __all__ = [
     "cluster",
     "encode_chat",
     "expert_folder",
-    "padding_id",
     "encode_prompts",
     "source_folds",
     "fit_head",
