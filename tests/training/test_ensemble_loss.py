@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polymath.training import AdapterEnsemble, ChatRow, encode_chat, padding_id
-from polymath.training.examples import IGNORED, Example, answer_losses, collate
+from polymath.training import ChatRow, encode_chat
+from polymath.training.ensemble_loss import AdapterEnsemble
+from polymath.training.examples import IGNORED, Example, answer_losses, collate, padding_id
 from tests.conftest import write_random_adapter
 
 if TYPE_CHECKING:
