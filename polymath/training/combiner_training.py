@@ -41,6 +41,8 @@ Scorer = Callable[[Sequence[int]], "Tensor"]
 MAX_LENGTH = 1024
 HELD_OUT = 3
 """One of so many conversations is held out."""
+STOPPING = 4
+"""One of so many conversations that are not held out says when to stop."""
 HIDDEN = 16
 STEPS = 400
 LEARNING_RATE = 0.02
@@ -236,26 +238,43 @@ def _scores(
 
 
 def _fit_network(scores: AnswerScores, kind: CombinerKind, seed: int) -> nn.Sequential:
-    """A network of one hidden layer that says the logit of the share; starts at the constant."""
+    """A network of one hidden layer that says the logit of the share; starts at the constant.
+
+    A part of the conversations says when to stop, as there are few and a network soon knows them.
+    """
+    import numpy as np
     import torch
 
     torch.manual_seed(seed)
     features = torch.from_numpy(scores.features(kind))
-    large, small = torch.from_numpy(scores.large), torch.from_numpy(scores.small)
     start = min(max(fit_share(scores.large, scores.small), 0.01), 0.99)
     network = _network(features, math.log(start / (1 - start)))
     optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    order = np.unique(scores.rows, return_inverse=True)[1]
+    stopping = torch.from_numpy(order % STOPPING == STOPPING - 1)
+    best, kept = math.inf, network.state_dict()
     for _ in range(STEPS):
-        logit = network(features)[:, 0]
-        mixed = torch.logaddexp(
-            torch.nn.functional.logsigmoid(-logit) + large,
-            torch.nn.functional.logsigmoid(logit) + small,
-        )
+        losses = _losses(network, features, scores)
+        stopped = float(losses[stopping].detach().mean()) if stopping.any() else -math.inf
+        if stopped < best:
+            best, kept = stopped, {name: v.clone() for name, v in network.state_dict().items()}
+        loss: Any = losses[~stopping].mean()
         optimiser.zero_grad()
-        loss: Any = -mixed.mean()
         loss.backward()
         optimiser.step()
+    if stopping.any():
+        network.load_state_dict(kept)
     return network
+
+
+def _losses(network: nn.Sequential, features: Tensor, scores: AnswerScores) -> Tensor:
+    """Nats of each token under the mixture that the network says, [tokens]."""
+    import torch
+
+    logit = network(features)[:, 0]
+    large, small = torch.from_numpy(scores.large), torch.from_numpy(scores.small)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -torch.logaddexp(log_sigmoid(-logit) + large, log_sigmoid(logit) + small)
 
 
 def _network(features: Tensor, start: float) -> nn.Sequential:
