@@ -104,8 +104,8 @@ bench-scaling: $(VENV)/dev.installed ## tokens/s for 1 to 16 rows and 1 to 64 lo
 bench-speed: $(VENV)/dev.installed $(LLAMA)/llama.installed ## speed against PEFT and llama.cpp (builds llama.cpp once)
 	$(BIN)/python -m bench.speed --llama $(LLAMA)/bin/python
 
-bench-steering: $(VENV)/dev.installed $(LLAMA)/llama.installed ## calls to a remote model that a steered token takes (DATA=folder)
-	$(BIN)/python -m bench.steering --data $(DATA) --llama $(LLAMA)/bin/python
+bench-steering: $(VENV)/dev.installed ## calls to a remote model that a steered token takes (DATA=folder)
+	$(BIN)/python -m bench.steering --data $(DATA)
 
 $(LLAMA)/llama.installed:
 	$(PYTHON) -m venv $(LLAMA)

@@ -1,7 +1,8 @@
 """Calls to a remote model that one steered token takes: token by token, and in blocks.
 
-The remote model is the general expert in llama.cpp's server (so that M is not M-), steered by the
-math expert (proxy-tuning, Liu et al. 2024), or any upstream that is named. `make bench-steering`.
+The remote model is the general expert (so that M is not M-), steered by the math expert
+(proxy-tuning, Liu et al. 2024). It runs in an engine of its own behind HTTP (`scoring_server.py`),
+in llama.cpp's server, or it is any upstream that is named. `make bench-steering`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from typing import Any
 
 from bench.demo import BASE, load_demo
 from bench.gguf_adapter import write_gguf_adapter
+from bench.scoring_server import ScoringServer
 from bench.servers import llama_server
 from polymath.artifacts import package_files
-from polymath.experts import ExpertSettings, adapters_on
+from polymath.experts import Engine, EngineSettings, ExpertSettings, LoraModel, adapters_on
 from polymath.gateway import ChatService, Prepared, open_service
 
 LARGE, TUNED = "general", "math"
-TOKENS = 96
+TOKENS = 64
 SUPPORT = 20
+PREFIXES = 60_000
 DRAFTS: dict[str, int | None] = {
     "token by token": 0,
     "blocks of 4": 4,
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="Python with llama-cpp-python[server]")
     parser.add_argument("--upstream", help="URL of a server instead, up to /v1")
     parser.add_argument("--model", default="smollm2", help="what the server calls its model")
-    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=6)
     arguments = parser.parse_args()
     lines = (arguments.data / "experts" / "math.gsm8k_test.jsonl").read_text().splitlines()
     questions = [json.loads(line)["question"] for line in lines[: arguments.questions]]
@@ -69,6 +72,9 @@ def _upstream(arguments: argparse.Namespace) -> Iterator[str]:
     from transformers import AutoConfig
 
     demo = load_demo()
+    if arguments.llama is None:
+        yield from _own_server(demo)
+        return
     source = demo.settings.base_models[BASE].model
     gguf = next(file for file in package_files(source) if file.suffix == ".gguf")
     config = AutoConfig.from_pretrained(demo.folders[BASE])
@@ -81,6 +87,17 @@ def _upstream(arguments: argparse.Namespace) -> Iterator[str]:
         )
         with llama_server(arguments.llama, gguf, adapter, 2, every_logit=True) as url:
             yield f"{url}/v1"
+
+
+def _own_server(demo: Prepared) -> Iterator[str]:
+    settings = EngineSettings(prefix_cache_tokens=PREFIXES)
+    adapters = {LARGE: adapters_on(BASE, demo.settings.experts)[LARGE]}
+    engine = Engine({BASE: LoraModel(demo.folders[BASE], adapters, settings)}, settings)
+    try:
+        with ScoringServer(engine, by_id=True, adapter=LARGE).serving() as url:
+            yield url
+    finally:
+        engine.close()
 
 
 async def _measure(url: str, model: str, questions: Sequence[str]) -> None:

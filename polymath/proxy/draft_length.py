@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["DraftLength"]
 
-FIRST = 5
+FIRST = 8
 LONGEST = 16
 
 

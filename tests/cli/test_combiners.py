@@ -12,6 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from bench.scoring_server import BASE, ScoringServer
 from polymath.cli.main import app
 from polymath.errors import ConfigError, DataError
 from polymath.experts import (
@@ -25,7 +26,6 @@ from polymath.gateway import ChatService, load_config, open_service, prepare
 from polymath.proxy import answer_text
 from tests.cli.test_cli import DEMO
 from tests.conftest import write_jsonl, write_random_adapter
-from tests.proxy.scoring_stand_in import BASE, ScoringStandIn
 
 ANSWERS = {
     "What is a loop?": "A loop runs again.",
@@ -150,7 +150,7 @@ def upstream(tiny_model: Path) -> Iterator[str]:
     bases = {BASE: BaseModelSettings(model="somewhere")}
     settings = EngineSettings(backend="torch")
     engine = Engine(load_models({BASE: tiny_model}, bases, {}, settings), settings)
-    with ScoringStandIn(engine, by_id=True).serving() as url:
+    with ScoringServer(engine, by_id=True).serving() as url:
         yield url
     engine.close()
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.scoring_server import BASE, ScoringServer
 from polymath.errors import ModelSourceError, UpstreamFailed, UpstreamRefused
 from polymath.experts import BaseModelSettings, Engine, EngineSettings, LoraModel, load_models
 from polymath.proxy import RemoteScores, Support
 from polymath.proxy.remote_scores import PROBE
 from tests.proxy.conftest import Connect
-from tests.proxy.scoring_stand_in import BASE, ScoringStandIn
 from tests.proxy.stand_in import Reply, StandInServer, failing, sends
 
 TEXT = "Tell me about the moon"
@@ -41,16 +41,16 @@ def tiny_engine(local: LoraModel) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["ids", "texts"])
-def real(request: pytest.FixtureRequest, tiny_engine: Engine) -> Iterator[ScoringStandIn]:
+def real(request: pytest.FixtureRequest, tiny_engine: Engine) -> Iterator[ScoringServer]:
     """The tiny model behind HTTP."""
-    stand_in = ScoringStandIn(tiny_engine, by_id=request.param)
+    stand_in = ScoringServer(tiny_engine, by_id=request.param)
     with stand_in.serving() as url:
         stand_in.retold["url"] = url
         yield stand_in
 
 
 @pytest.fixture
-def scores(real: ScoringStandIn, connect: Connect, local: LoraModel) -> RemoteScores:
+def scores(real: ScoringServer, connect: Connect, local: LoraModel) -> RemoteScores:
     real.requests.clear()
     return RemoteScores(connect(real.retold["url"], num_retries=0), local, SIZE)
 
@@ -79,7 +79,7 @@ def told(support: Support, expected: Tensor, by_id: bool) -> None:
 
 
 async def test_the_support_of_a_text_is_what_the_model_finds_likeliest(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     tokens = encoded(local, TEXT)
     (support,) = await scores.score(tokens, 0)
@@ -90,7 +90,7 @@ async def test_the_support_of_a_text_is_what_the_model_finds_likeliest(
 
 @pytest.mark.parametrize("drafted", [1, 4, len(DRAFT)])
 async def test_a_draft_has_a_support_at_each_token_and_after_it(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel, drafted: int
+    scores: RemoteScores, real: ScoringServer, local: LoraModel, drafted: int
 ) -> None:
     tokens = encoded(local, TEXT + DRAFT[:drafted])
     supports = await scores.score(tokens, drafted)
@@ -100,7 +100,7 @@ async def test_a_draft_has_a_support_at_each_token_and_after_it(
 
 
 async def test_a_text_is_sent_as_ids_or_as_text(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     tokens = encoded(local, TEXT)
     await scores.score(tokens, 0)
@@ -109,7 +109,7 @@ async def test_a_text_is_sent_as_ids_or_as_text(
 
 
 async def test_the_tokenizers_are_compared_once(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     for _ in range(3):
         await scores.score(encoded(local, TEXT), 0)
@@ -120,7 +120,7 @@ async def test_the_tokenizers_are_compared_once(
 
 
 async def test_every_token_has_its_support_with_the_token_that_follows(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     tokens = encoded(local, TEXT)
     supports = await scores.every(tokens)
@@ -134,7 +134,7 @@ async def test_every_token_has_its_support_with_the_token_that_follows(
 
 
 async def test_a_draft_that_is_cut_otherwise_has_one_support(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     """Half of a character is another text, and so other tokens; by ids it is the same."""
     tokens = encoded(local, f"{TEXT}é")[:-1]
@@ -144,7 +144,7 @@ async def test_a_draft_that_is_cut_otherwise_has_one_support(
 
 
 async def test_a_draft_of_whole_characters_has_all_its_supports(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     """Though each of their tokens is half of one."""
     tokens = encoded(local, f"{TEXT}é")
@@ -154,7 +154,7 @@ async def test_a_draft_of_whole_characters_has_all_its_supports(
 
 
 async def test_a_text_that_is_cut_otherwise_cannot_be_measured(
-    scores: RemoteScores, real: ScoringStandIn, local: LoraModel
+    scores: RemoteScores, real: ScoringServer, local: LoraModel
 ) -> None:
     tokens = encoded(local, f"{TEXT}é")[:-1]
     if real.by_id:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from bench.scoring_server import BASE, ScoringServer
 from polymath.errors import InvalidRequest, ModelSourceError, UpstreamFailed
 from polymath.experts import Engine, EngineSettings, Expert, ExpertSettings
 from polymath.gateway import ChatService
 from polymath.gateway.app import Gateway
-from tests.proxy.scoring_stand_in import BASE, ScoringStandIn
 
 QUESTION = "Tom has 3 apples and buys 5 more. How many apples has he now?"
 WIDE = 1000
@@ -20,19 +20,19 @@ WIDE = 1000
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["ids", "texts"])
-def upstream(request: pytest.FixtureRequest, engine: Engine) -> ScoringStandIn:
-    return ScoringStandIn(engine, by_id=request.param)
+def upstream(request: pytest.FixtureRequest, engine: Engine) -> ScoringServer:
+    return ScoringServer(engine, by_id=request.param)
 
 
 @pytest.fixture(scope="module")
-def url(upstream: ScoringStandIn) -> Iterator[str]:
+def url(upstream: ScoringServer) -> Iterator[str]:
     with upstream.serving() as url:
         yield url
 
 
 @pytest.fixture
-def by_id(engine: Engine) -> Iterator[tuple[ScoringStandIn, str]]:
-    stand_in = ScoringStandIn(engine, by_id=True)
+def by_id(engine: Engine) -> Iterator[tuple[ScoringServer, str]]:
+    stand_in = ScoringServer(engine, by_id=True)
     with stand_in.serving() as url:
         yield stand_in, url
 
@@ -174,7 +174,7 @@ def test_nothing_is_left_running(gateway: Gateway, engine: Engine, url: str) -> 
 
 
 def test_another_tokenizer_is_told_with_the_place(
-    gateway: Gateway, engine: Engine, by_id: tuple[ScoringStandIn, str]
+    gateway: Gateway, engine: Engine, by_id: tuple[ScoringServer, str]
 ) -> None:
     stand_in, url = by_id
     third = engine.models[BASE].tokenizer.encode("Tokens of naïve cafés")[2]

@@ -25,7 +25,7 @@ from polymath.experts import Engine, Row
 BASE = "smollm2"
 
 
-class ScoringStandIn:
+class ScoringServer:
     """One model of an engine as an upstream.
 
     Attributes:
