@@ -148,10 +148,18 @@ class UpstreamUnavailable(UpstreamFailed):
 class UpstreamRefused(PolymathError):
     """The upstream found the request wrong; its status and error object are the client's."""
 
+    code = "upstream_refused"
     type = "invalid_request_error"
+    status = 400
 
     def __init__(
-        self, message: str, status: int, code: str, *, type: str, param: str | None = None
+        self,
+        message: str,
+        status: int = status,
+        code: str = code,
+        *,
+        type: str = type,
+        param: str | None = None,
     ) -> None:
         super().__init__(message, param=param)
         self.status = status

@@ -93,7 +93,7 @@ class Failures:
             UpstreamRefused(
                 message,
                 status,
-                code or "upstream_refused",
+                code or UpstreamRefused.code,
                 type=kind or UpstreamRefused.type,
                 param=param or None,
             ),

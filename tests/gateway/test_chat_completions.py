@@ -300,7 +300,7 @@ async def test_a_client_that_leaves_a_stream_stops_its_generation(
 async def test_a_client_that_leaves_a_whole_answer_stops_its_generation(
     base_url: str, gateway: Gateway
 ) -> None:
-    body = {"model": "smollm2", "messages": HELLO, "max_tokens": 2000}
+    body = {"model": "smollm2", "messages": HELLO, "max_tokens": 2000, "ignore_eos": True}
     async with httpx.AsyncClient() as client:
         with pytest.raises(httpx.ReadTimeout):
             await client.post(f"{base_url}/v1/chat/completions", json=body, timeout=0.7)
