@@ -45,6 +45,7 @@ from polymath.router import (
     locate_encoder,
 )
 from polymath.training import (
+    IGNORED,
     ChatRow,
     ClusterRecipe,
     ClusterTraining,
@@ -83,8 +84,6 @@ CLUSTERS = 6
 TOP_K = 3
 ALIKE = 1e-6
 """Decides which of the clusters answer where all have the same weight."""
-IGNORED = -100
-"""Labels that are not of an answer."""
 MAX_LENGTH = 512
 
 Weights = list[Mapping[str | None, float]]

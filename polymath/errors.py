@@ -35,16 +35,22 @@ class PolymathError(Exception):
     Args:
         message: one or more full sentences for the user.
         param: the request field or config key that caused it.
+        retry_after: seconds after which the client may come back, if not those of the class.
     """
 
     code: str = "internal_error"
     type: str = "server_error"
     status: int = 500
+    retry_after: int | None = None
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        if retry_after is not None:
+            self.retry_after = retry_after
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The OpenAI error body."""
@@ -60,7 +66,7 @@ class PolymathError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers that go with the error response."""
-        return {}
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
 
 class InvalidRequest(PolymathError):
@@ -93,23 +99,13 @@ class Overloaded(PolymathError):
     code = "rate_limit_exceeded"
     type = "rate_limit_error"
     status = 429
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": str(self.retry_after)}
+    retry_after = 1
 
 
 class NotReady(PolymathError):
     code = "not_ready"
     status = 503
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": "1"}
+    retry_after = 1
 
 
 class GenerationFailed(PolymathError):
@@ -135,14 +131,7 @@ class UpstreamUnavailable(UpstreamFailed):
 
     code = "upstream_unavailable"
     status = 503
-
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": str(self.retry_after)}
+    retry_after = 1
 
 
 class UpstreamRefused(PolymathError):

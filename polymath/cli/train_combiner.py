@@ -125,12 +125,12 @@ def _scorer(
     with asyncio.Runner() as runner:
         upstream = Upstream(expert.name, expert.settings)
         scores = RemoteScores(upstream, local, support)
+        vocabulary = int(local.all_logits(None, [0]).shape[-1])
 
         def remote(tokens: Sequence[int]) -> Tensor:
             import torch
 
             supports = runner.run(scores.every(tokens))
-            vocabulary = int(local.all_logits(None, tokens[:1]).shape[-1])
             return torch.stack([one.logits(vocabulary) for one in supports])
 
         yield remote

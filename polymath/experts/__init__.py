@@ -72,9 +72,9 @@ from polymath.experts.plan import (
 )
 from polymath.experts.projection import SignProjection
 from polymath.experts.quiet import quiet_loading
-from polymath.experts.sampling import Sampler, SamplingParams
+from polymath.experts.sampling import Sampler, SamplingParams, certainty
 from polymath.experts.scored_row import ScoredRow
-from polymath.experts.settings import BaseModelSettings, EngineSettings, Section
+from polymath.experts.settings import BaseModelSettings, EngineSettings
 from polymath.experts.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = [
@@ -122,7 +122,6 @@ __all__ = [
     "SamplingParams",
     "ScoredRow",
     "ScoredToken",
-    "Section",
     "Select",
     "SignProjection",
     "Vocabulary",
@@ -131,6 +130,7 @@ __all__ = [
     "adapters_on",
     "attribute",
     "build_catalog",
+    "certainty",
     "encode_prompt",
     "expert_row",
     "frame_conversation",

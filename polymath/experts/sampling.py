@@ -13,7 +13,7 @@ from polymath.experts.grammar import Grammar
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplingParams", "certainty"]
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
@@ -89,9 +89,7 @@ class Sampler:
         """
         scores = self._allowed(log_probs)
         if self.greedy:
-            certain = scores.new_zeros(len(scores))
-            certain[scores.argmax()] = 1.0
-            return certain
+            return certainty(scores)
         return self._truncated(scores / self._params.temperature)
 
     def take(self, token: int) -> None:
@@ -154,6 +152,13 @@ class Sampler:
         if params.min_p > 0:
             probabilities[probabilities < params.min_p * probabilities.max()] = 0.0
         return _nucleus(probabilities, params.top_p) if params.top_p < 1 else probabilities
+
+
+def certainty(scores: Tensor) -> Tensor:
+    """The distribution that has the likeliest token alone, [vocab]."""
+    certain = scores.new_zeros(len(scores))
+    certain[scores.argmax()] = 1.0
+    return certain
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

@@ -23,6 +23,7 @@ from polymath.experts import (
     Sampler,
     ScoredRow,
     attribute,
+    certainty,
 )
 from polymath.proxy.draft_length import DraftLength
 from polymath.proxy.remote_scores import RemoteScores, Support
@@ -163,12 +164,8 @@ class SteeredAnswer:
         return min(self._draft.tokens, self._sampling.max_tokens - self._writer.tokens - 1)
 
     def _draft_probabilities(self, logits: Tensor) -> Tensor:
-        import torch
-
         if self._sampler.greedy:
-            certain = torch.zeros_like(logits)
-            certain[logits.argmax()] = 1.0
-            return certain
+            return certainty(logits)
         return (logits / self._sampling.temperature).softmax(-1)
 
     def _step(self, block: _Block, place: int, support: Support) -> tuple[int, Chunk]:
@@ -177,11 +174,12 @@ class SteeredAnswer:
 
         small = block.logits[place]
         logits = torch.cat([support.logits(small.shape[-1])[None], small])
-        log_probs, _ = self._combiner(logits, _no_state(self._writer.tokens))
+        state = _no_state(self._writer.tokens)
+        log_probs, _ = self._combiner(logits, state)
         token = self._chosen(block, place, self._sampler.probabilities(log_probs))
         self._sampler.take(token)
         self._missing += support.missing_mass
-        weights = self._combiner.weights(_no_state(self._writer.tokens))
+        weights = self._combiner.weights(state)
         attribution = attribute(token, logits, weights) if self._attribution else None
         return token, self._writer.write(token, log_probs, attribution)
 

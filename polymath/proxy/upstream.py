@@ -39,7 +39,7 @@ class Upstream:
         self.fallbacks = settings.fallbacks
         own = (
             [Deployment(api_base=settings.api_base, api_key=settings.api_key)]
-            if (settings.api_base)
+            if settings.api_base
             else []
         )
         self.servers = [

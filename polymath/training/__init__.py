@@ -24,7 +24,7 @@ from polymath.training.data import (
 )
 from polymath.training.encoder_finetuning import EncoderFinetuner, FinetuneRecipe
 from polymath.training.engine_perplexity import answer_perplexity
-from polymath.training.examples import encode_chat
+from polymath.training.examples import IGNORED, encode_chat
 from polymath.training.expert_matrix import expert_matrix
 from polymath.training.instruction_gradients import InstructionGradients
 from polymath.training.labelled import LabelledPrompts
@@ -46,6 +46,7 @@ from polymath.training.router_training import RouterRecipe, train_router
 from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "IGNORED",
     "InstructionGradients",
     "find_centres",
     "ClusterRecipe",

@@ -7,7 +7,6 @@ Both models are frozen and read the data once; what the fit needs of each answer
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +191,7 @@ def _cached_scores(
     staging = file.with_suffix(".partial.npz")
     arrays = {name: getattr(scores, name) for name in AnswerScores.__slots__}
     np.savez(staging, key=np.array(key), **arrays)
-    shutil.move(staging, file)
+    staging.replace(file)
     return scores
 
 
