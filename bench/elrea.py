@@ -260,24 +260,26 @@ class Bench:
         members = np.random.default_rng(self._seed).integers(0, CLUSTERS, len(self.rows))
         adapters = self._experts("random", members)
         shares = np.random.default_rng(self._seed).random((len(rows), CLUSTERS)) * ALIKE + 1
-        return adapters, _chosen(shares / shares.sum(axis=1, keepdims=True), TOP_K, 1.0)
+        return adapters, chosen(shares / shares.sum(axis=1, keepdims=True), TOP_K, 1.0)
 
     def _embedding(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
         known = self._embed(self.rows)
         members = cluster(known, CLUSTERS, "birch", self._seed)
         adapters = self._experts("embedding", members)
         shares = cluster_weights(self._embed(rows), centroids_of(known, members))
-        return adapters, _chosen(shares, TOP_K, 1.0)
+        return adapters, chosen(shares, TOP_K, 1.0)
 
     def _elrea(
         self, rows: Sequence[ChatRow], top_k: int, base_weight: float
     ) -> tuple[dict[str, Path], Weights]:
+        adapters, centroids = self.elrea_experts()
+        shares = cluster_weights(self.features(rows, "asked.f16"), centroids)
+        return adapters, chosen(shares, top_k, base_weight)
+
+    def elrea_experts(self) -> tuple[dict[str, Path], NDArray[np.float32]]:
+        """The adapters of the clusters of gradients and of their base, and the centroids."""
         members = cluster(self._gradients, CLUSTERS, "birch", self._seed)
-        adapters = self._experts("elrea", members)
-        centroids = centroids_of(self._gradients, members)
-        return adapters, _chosen(
-            cluster_weights(self._features(rows), centroids), top_k, base_weight
-        )
+        return self._experts("elrea", members), centroids_of(self._gradients, members)
 
     def _experts(self, name: str, members: NDArray[np.int64]) -> dict[str, Path]:
         _ = self._gradients  # the base adapter
@@ -285,9 +287,10 @@ class Bench:
         folders = {f"cluster-{c}": expert_folder(self._work / name, c) for c in range(CLUSTERS)}
         return {"base": self.base_folder, **folders}
 
-    def _features(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
+    def features(self, rows: Sequence[ChatRow], file: str) -> NDArray[np.float32]:
+        """Projected gradients of requests, kept in a file of the work folder."""
         gradients = InstructionGradients(self._folder, self.base_folder, self.recipe, _say)
-        return gradients.kept(rows, None, self._work / "asked.f16", "gradients of requests")
+        return gradients.kept(rows, None, self._work / file, "gradients of requests")
 
     def _embed(self, rows: Sequence[ChatRow]) -> NDArray[np.float32]:
         texts = [row.messages[-2].content for row in rows]
@@ -355,7 +358,7 @@ def _cell(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def _chosen(shares: NDArray[Any], top_k: int, base_weight: float) -> Weights:
+def chosen(shares: NDArray[Any], top_k: int, base_weight: float) -> Weights:
     names = [f"cluster-{c}" for c in range(shares.shape[1])]
     policy = ClusterPolicy("base", {name: name for name in names}, base_weight, top_k)
     return [dict(policy.choose(dict(zip(names, row.tolist(), strict=True)))) for row in shares]

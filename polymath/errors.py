@@ -4,7 +4,7 @@ The wire format is the error object of the OpenAI API reference:
 `{"error": {"message", "type", "param", "code"}}`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "AdapterError",
@@ -13,14 +13,19 @@ __all__ = [
     "ContextLengthExceeded",
     "DataError",
     "GenerationFailed",
+    "InvalidKey",
     "InvalidRequest",
     "ModelNotFound",
     "ModelSourceError",
+    "NotAllowed",
     "NotReady",
     "Overloaded",
     "PolymathError",
+    "QuotaExceeded",
+    "RateLimited",
     "RequestTooLarge",
     "RouterArtifactError",
+    "StoreUnavailable",
     "UnsupportedParameter",
     "UpstreamFailed",
     "UpstreamRefused",
@@ -99,6 +104,61 @@ class Overloaded(PolymathError):
     code = "rate_limit_exceeded"
     type = "rate_limit_error"
     status = 429
+    retry_after = 1
+
+
+class InvalidKey(InvalidRequest):
+    """No key, or one that is not known or was revoked."""
+
+    code = "invalid_api_key"
+    status = 401
+
+
+class NotAllowed(InvalidRequest):
+    """The key may not do this."""
+
+    code = "permission_denied"
+    status = 403
+
+
+class RateLimited(PolymathError):
+    """A limit of the key; `limits` are the headers that say how much is left."""
+
+    code = "rate_limit_exceeded"
+    type = "requests"
+    status = 429
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        type: str = type,
+        retry_after: int | None = None,
+        limits: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.type = type
+        self._limits = dict(limits or {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With those that say how much is left."""
+        return {**self._limits, **super().headers}
+
+
+class QuotaExceeded(PolymathError):
+    """The budget of the key is spent."""
+
+    code = "insufficient_quota"
+    type = "insufficient_quota"
+    status = 429
+
+
+class StoreUnavailable(PolymathError):
+    """What keys, limits and the cache are kept in cannot be used."""
+
+    code = "store_unavailable"
+    status = 503
     retry_after = 1
 
 
