@@ -82,6 +82,10 @@ NUMBER_TOKENS = 160
 TOKENS = 60_000
 CLUSTERS = 6
 TOP_K = 3
+BASE_WEIGHT, TEMPERATURE = 1.0, 1.0
+"""Of the base adapter and of the weights' softmax in the paper."""
+OURS = (0.0, 0.5)
+"""The same, chosen by `bench.ensemble_weights` on other conversations."""
 ALIKE = 1e-6
 """Decides which of the clusters answer where all have the same weight."""
 MAX_LENGTH = 512
@@ -118,10 +122,15 @@ class Bench:
             SEEDLESS: lambda rows: ({}, [{None: 1.0}] * len(rows)),
             "one LoRA on all data": self._single,
             f"LoRAs on random clusters, base and {TOP_K}": self._random,
+            f"LoRAs on random clusters, {TOP_K} without base": lambda rows: self._random(rows, 0.0),
             f"LoRAs on embedding clusters, base and top {TOP_K}": self._embedding,
+            f"LoRAs on embedding clusters, top {TOP_K} without base": lambda rows: self._embedding(
+                rows, *OURS
+            ),
             "LoRAs by domain label, encoder router": self._labelled,
             "ELREA, top 1 without ensemble": lambda rows: self._elrea(rows, 1, 0.0),
-            f"ELREA, base and top {TOP_K}": lambda rows: self._elrea(rows, TOP_K, 1.0),
+            f"ELREA, base and top {TOP_K}": self._elrea,
+            f"ELREA, top {TOP_K} without base": lambda rows: self._elrea(rows, TOP_K, *OURS),
         }
 
     def measure(self, name: str) -> dict[str, float]:
@@ -256,24 +265,35 @@ class Bench:
         chosen = [router.route(row.conversation()[:-1]).expert for row in rows]
         return adapters, [{expert: 1.0} for expert in chosen]
 
-    def _random(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
+    def _random(
+        self, rows: Sequence[ChatRow], base_weight: float = BASE_WEIGHT
+    ) -> tuple[dict[str, Path], Weights]:
         members = np.random.default_rng(self._seed).integers(0, CLUSTERS, len(self.rows))
         adapters = self._experts("random", members)
         shares = np.random.default_rng(self._seed).random((len(rows), CLUSTERS)) * ALIKE + 1
-        return adapters, chosen(shares / shares.sum(axis=1, keepdims=True), TOP_K, 1.0)
+        return adapters, chosen(shares / shares.sum(axis=1, keepdims=True), TOP_K, base_weight)
 
-    def _embedding(self, rows: Sequence[ChatRow]) -> tuple[dict[str, Path], Weights]:
+    def _embedding(
+        self,
+        rows: Sequence[ChatRow],
+        base_weight: float = BASE_WEIGHT,
+        temperature: float = TEMPERATURE,
+    ) -> tuple[dict[str, Path], Weights]:
         known = self._embed(self.rows)
         members = cluster(known, CLUSTERS, "birch", self._seed)
         adapters = self._experts("embedding", members)
-        shares = cluster_weights(self._embed(rows), centroids_of(known, members))
-        return adapters, chosen(shares, TOP_K, 1.0)
+        shares = cluster_weights(self._embed(rows), centroids_of(known, members), temperature)
+        return adapters, chosen(shares, TOP_K, base_weight)
 
     def _elrea(
-        self, rows: Sequence[ChatRow], top_k: int, base_weight: float
+        self,
+        rows: Sequence[ChatRow],
+        top_k: int = TOP_K,
+        base_weight: float = BASE_WEIGHT,
+        temperature: float = TEMPERATURE,
     ) -> tuple[dict[str, Path], Weights]:
         adapters, centroids = self.elrea_experts()
-        shares = cluster_weights(self.features(rows, "asked.f16"), centroids)
+        shares = cluster_weights(self.features(rows, "asked.f16"), centroids, temperature)
         return adapters, chosen(shares, top_k, base_weight)
 
     def elrea_experts(self) -> tuple[dict[str, Path], NDArray[np.float32]]:
