@@ -15,7 +15,7 @@ from polymath.gateway.keys import KeyRecord, KeyRing, incorrect, now_utc, read_r
 from polymath.gateway.store import Admission, Limits, Settlement, Store, Verdict
 from polymath.gateway.store.protocol import KEYS, LEASE_SECONDS
 
-__all__ = ["Access", "Auth", "Ticket", "Used"]
+__all__ = ["Access", "Auth", "OnFailure", "Ticket", "Used"]
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +245,15 @@ def _refusal(
         return QuotaExceeded(
             "You exceeded your current quota, please check your plan and billing details."
         )
+    left = _left(limits, verdict)
+    if limits.tokens is not None and tokens > limits.tokens:
+        return RateLimited(
+            f"Request too large for key {key.name!r} on tokens per min (TPM): Limit "
+            f"{limits.tokens}, Requested {tokens}. The input or output tokens must be reduced in "
+            "order to run successfully.",
+            type="tokens",
+            limits=left,
+        )
     if verdict.refused == "concurrent":
         limited = f"concurrent requests: Limit {limits.concurrent}"
     elif verdict.refused == "requests":
@@ -257,5 +266,5 @@ def _refusal(
         f"Rate limit reached for key {key.name!r} on {limited}. Please try again in {seconds}s.",
         type="tokens" if verdict.refused == "tokens" else "requests",
         retry_after=seconds,
-        limits=_left(limits, verdict),
+        limits=left,
     )

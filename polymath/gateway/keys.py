@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
@@ -16,9 +17,9 @@ from functools import lru_cache
 from typing import Annotated, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from polymath.errors import DataError, InvalidKey
+from polymath.errors import DataError, InvalidKey, StoreUnavailable
 from polymath.gateway.store import Limits, Store
 from polymath.gateway.store.protocol import KEYS
 
@@ -41,7 +42,7 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dollars: float = Field(ge=0)
+    dollars: float = Field(ge=0, allow_inf_nan=False)
     period: Period = "total"
 
     def label(self, now: datetime) -> str:
@@ -64,7 +65,7 @@ class KeyRecord(BaseModel):
 
     id: str
     name: str = Field(min_length=1, max_length=128)
-    secret_sha256: str
+    secret_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     created: int
     revoked: int | None = None
     experts: tuple[str, ...] | None = None
@@ -152,8 +153,17 @@ class KeyRing:
 
 @lru_cache(KNOWN_RECORDS)
 def read_record(value: bytes) -> KeyRecord:
-    """A record as it is stored."""
-    return KeyRecord.model_validate_json(value)
+    """A record as it is stored.
+
+    Raises:
+        StoreUnavailable: it is damaged, or of a later version.
+    """
+    try:
+        return KeyRecord.model_validate_json(value)
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise StoreUnavailable(f"A key record is damaged: {place}: {problem['msg']}.") from None
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -182,7 +192,7 @@ def read_budget(text: str) -> Budget:
         DataError: it is none of these.
     """
     match = BUDGET.fullmatch(text.strip())
-    if match is None:
+    if match is None or not math.isfinite(float(match["dollars"])):
         raise DataError(f"budget {text!r}: write dollars and a period, as 5.00/month or 0.5/day")
     return Budget.model_validate(
         {"dollars": float(match["dollars"]), "period": match["period"] or "total"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,9 +58,10 @@ class MapFile:
         if field not in self.values():
             return False
         with _writing(self._file):
-            kept = {name: value for name, value in self.values().items() if name != field}
+            kept = dict(self.values())
+            found = kept.pop(field, None) is not None  # unless another process was faster
             self._replace(kept)
-        return True
+        return found
 
     def _replace(self, values: dict[str, bytes]) -> None:
         text = {name: value.decode() for name, value in values.items()}
@@ -83,9 +85,7 @@ class LogFile:
         with _writing(self._file):
             if self._lines is None:
                 self._lines = len(self._read())
-            descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
-            with os.fdopen(descriptor, "ab") as stream:
-                stream.write(entry + b"\n")
+            _append_line(self._file, entry)
             self._lines += 1
             if self._lines > 2 * most:
                 kept = self._read()[-most:]
@@ -127,6 +127,20 @@ def _read_map(file: Path) -> dict[str, bytes]:
         raise _unavailable(file, "read", error) from error
     except (ValueError, AttributeError) as error:
         raise StoreUnavailable(f"{file} is damaged: it is no JSON object of texts.") from error
+
+
+def _append_line(file: Path, line: bytes) -> None:
+    """The whole line or nothing of it."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_FILE)
+    with os.fdopen(descriptor, "ab", buffering=0) as stream:
+        size = stream.tell()
+        try:
+            written = stream.write(line + b"\n")
+            if written != len(line) + 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            stream.truncate(size)
+            raise
 
 
 def _replace_file(file: Path, data: bytes) -> None:

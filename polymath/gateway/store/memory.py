@@ -1,15 +1,16 @@
 """The embedded store: limits, cache and usage in the memory of one process.
 
-What must outlast it (`DURABLE`) stands in files of one folder, which commands may change while the
-server runs.
+Maps and the logs that must outlast it (`DURABLE`) stand in files of one folder, which commands may
+change while the server runs.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from polymath.gateway.store.files import LogFile, MapFile
@@ -24,6 +25,9 @@ from polymath.gateway.store.protocol import (
 )
 
 __all__ = ["MemoryStore"]
+
+DURABLE = frozenset({"audit", "feedback"})
+"""Logs that stand in files."""
 
 
 @dataclass(slots=True)
@@ -72,6 +76,7 @@ class MemoryStore:
         self._clock = clock
         self._maps: dict[str, MapFile] = {}
         self._logs: dict[str, LogFile] = {}
+        self._fleeting: defaultdict[str, deque[bytes]] = defaultdict(deque)
         self._shelves: defaultdict[str, OrderedDict[str, tuple[float, bytes]]]
         self._shelves = defaultdict(OrderedDict)
         self._windows: defaultdict[str, _Window] = defaultdict(_Window)
@@ -103,10 +108,18 @@ class MemoryStore:
             values.popitem(last=False)
 
     async def append(self, log: str, entry: bytes, most: int) -> None:
-        self._log(log).append(entry, most)
+        if log in DURABLE:
+            self._log(log).append(entry, most)
+            return
+        entries = self._fleeting[log]
+        entries.append(entry)
+        while len(entries) > most:
+            entries.popleft()
 
     async def recent(self, log: str, most: int) -> list[bytes]:
-        return self._log(log).recent(most)
+        if log in DURABLE:
+            return self._log(log).recent(most)
+        return list(islice(reversed(self._fleeting[log]), most))
 
     async def admit(self, admission: Admission) -> Verdict:
         record = await self.find(KEYS, admission.key)
@@ -179,18 +192,20 @@ class MemoryStore:
     def _wait(
         self, window: _Window, admission: Admission, refused: Refused | None, now: float
     ) -> float:
-        """Until enough of the oldest requests have left the window."""
+        """Until enough of the oldest requests have left the window for both limits."""
         limits = admission.limits
-        entries = list(window.entries.values())
-        if refused == "requests" and limits.requests:
-            admitted, _ = entries[len(entries) - limits.requests]
-            return admitted + self._window - now
-        if refused == "tokens" and limits.tokens is not None:
+        if refused not in ("requests", "tokens") or limits.requests == 0:
+            return 0.0
+        fewer, excess = 0, 0
+        if limits.requests is not None:
+            fewer = len(window.entries) - limits.requests + 1
+        if limits.tokens is not None:
             excess = window.tokens + admission.tokens - limits.tokens
-            for admitted, tokens in entries:
-                excess -= tokens
-                if excess <= 0:
-                    return admitted + self._window - now
+        for admitted, tokens in window.entries.values():
+            fewer -= 1
+            excess -= tokens
+            if fewer <= 0 and excess <= 0:
+                return admitted + self._window - now
         return 0.0
 
 

@@ -78,7 +78,8 @@ class Verdict:
         refused: what ran out.
         requests_left, tokens_left: in this window; None where there is no limit.
         requests_reset, tokens_reset: seconds until the window is empty.
-        retry_after: seconds until the same request would be let in, if others do not come first.
+        retry_after: seconds until the window has room for the same request, if others do not come
+            first; 0 if it never has, or something else ran out.
     """
 
     record: bytes | None

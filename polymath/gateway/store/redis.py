@@ -6,6 +6,7 @@ request beside it and their running sum, so that an admission costs what has lef
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
@@ -35,11 +36,15 @@ Result = TypeVar("Result")
 PREFIX = "polymath"
 TIMEOUT_SECONDS = 2.0
 """A Redis that answers later counts as gone."""
+CONNECTIONS = 32
+"""More requests than these wait for each other: Redis does one thing at a time anyway."""
 REST_SECONDS = 0.5
 """After a failure it is not asked for so long, so that requests do not queue up for time-outs."""
 SPENT_SECONDS = 400 * 86400
 USAGE_SECONDS = 100 * 86400
 MICROSECONDS = 1e6
+MOST_TOKENS = 2**40
+"""No window has room for as many; their sum must stay an integer for Redis."""
 NONE = -1
 """No limit, for the scripts."""
 
@@ -94,7 +99,7 @@ class RedisStore:
 
     async def put(self, shelf: str, name: str, value: bytes, ttl: float, most: int) -> None:
         keys = [self._key("shelf", shelf, name), self._key("shelves", shelf)]
-        arguments: list[bytes | int] = [value, round(ttl * 1000), most]
+        arguments: list[bytes | int] = [value, max(1, round(ttl * 1000)), most]
         await self._ask(lambda: self._put(keys=keys, args=arguments))
 
     async def append(self, log: str, entry: bytes, most: int) -> None:
@@ -129,7 +134,7 @@ class RedisStore:
             self._window,
             self._lease,
             admission.lease,
-            admission.tokens,
+            min(admission.tokens, MOST_TOKENS),
             *(
                 NONE if limit is None else limit
                 for limit in (limits.requests, limits.tokens, limits.concurrent, limits.budget)
@@ -198,11 +203,12 @@ class RedisStore:
         if time.monotonic() < self._rests_until:
             raise StoreUnavailable("Redis cannot be reached at present.")
         try:
-            answer = await call()
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                answer = await call()
         except (RedisError, OSError, TimeoutError) as error:
             self._rests_until = time.monotonic() + REST_SECONDS
             if not self._gone:
-                logger.error("Redis is gone: %s", error)
+                logger.error("Redis is gone: %s", str(error) or "it does not answer")
             self._gone = True
             raise StoreUnavailable("Redis cannot be reached at present.") from error
         if self._gone:
@@ -216,16 +222,19 @@ class RedisStore:
 
 def _client(url: str) -> Redis:
     try:
-        from redis.asyncio import Redis
+        from redis.asyncio import BlockingConnectionPool, Redis
+        from redis.exceptions import RedisError
     except ImportError:
         message = "store: redis-py is not installed; pip install 'polymath[redis]'"
         raise ConfigError([message]) from None
     try:
-        return Redis.from_url(
-            url, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
+        pool = BlockingConnectionPool.from_url(
+            url, max_connections=CONNECTIONS, timeout=None, socket_timeout=None
         )
-    except ValueError as error:
+        pool.connection_class(**pool.connection_kwargs)  # which refuses what is no option
+    except (ValueError, TypeError, RedisError) as error:
         raise ConfigError([f"store: {error}"]) from error
+    return Redis.from_pool(pool)
 
 
 def _script(name: str) -> str:
