@@ -24,7 +24,7 @@ $(VENV)/run.installed: $(REQUIRED)
 	touch $@
 
 $(VENV)/dev.installed: $(VENV)/run.installed
-	$(PIP) $(PINNED) -e '.[train,redis,dev]'
+	$(PIP) $(PINNED) -e '.[train,redis,otel,dev]'
 	touch $@
 
 run: $(VENV)/run.installed ## install, convert the model once, serve on 127.0.0.1:8080

@@ -12,17 +12,21 @@ __all__ = [
     "ConfigError",
     "ContextLengthExceeded",
     "DataError",
+    "DeadlineExceeded",
     "GenerationFailed",
+    "HeadersTooLarge",
     "InvalidKey",
     "InvalidRequest",
     "ModelNotFound",
     "ModelSourceError",
     "NotAllowed",
+    "NotFound",
     "NotReady",
     "Overloaded",
     "PolymathError",
     "QuotaExceeded",
     "RateLimited",
+    "RequestTimeout",
     "RequestTooLarge",
     "RouterArtifactError",
     "StoreUnavailable",
@@ -93,6 +97,18 @@ class RequestTooLarge(InvalidRequest):
     status = 413
 
 
+class HeadersTooLarge(InvalidRequest):
+    code = "headers_too_large"
+    status = 431
+
+
+class RequestTimeout(InvalidRequest):
+    """The client did not send its request in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
 class ModelNotFound(InvalidRequest):
     code = "model_not_found"
     status = 404
@@ -119,6 +135,11 @@ class NotAllowed(InvalidRequest):
 
     code = "permission_denied"
     status = 403
+
+
+class NotFound(InvalidRequest):
+    code = "not_found"
+    status = 404
 
 
 class RateLimited(PolymathError):
@@ -152,6 +173,13 @@ class QuotaExceeded(PolymathError):
     code = "insufficient_quota"
     type = "insufficient_quota"
     status = 429
+
+
+class DeadlineExceeded(PolymathError):
+    """The answer took longer than the request or the server allows."""
+
+    code = "timeout"
+    status = 408
 
 
 class StoreUnavailable(PolymathError):

@@ -90,7 +90,7 @@ async def _answer(
     service: ChatService, model: str, messages: list[dict[str, str]], max_tokens: int
 ) -> str:
     request = {"model": model, "messages": messages, "max_tokens": max_tokens, "stream": True}
-    decision = await asyncio.to_thread(service.decide, request, {})
+    decision = await service.decide(request, {})
     events = await service.answering(decision).stream(request)
     typer.secho(f"[{decision.expert}] ", dim=True, nl=False)
     pieces = []

@@ -43,6 +43,8 @@ from polymath.experts.expert_settings import (
     JudgeSettings,
     Price,
     SamplingDefaults,
+    Secret,
+    Url,
 )
 from polymath.experts.gradient_features import (
     AdamMoments,
@@ -120,10 +122,12 @@ __all__ = [
     "Sampler",
     "SamplingDefaults",
     "SamplingParams",
+    "Secret",
     "ScoredRow",
     "ScoredToken",
     "Select",
     "SignProjection",
+    "Url",
     "Vocabulary",
     "WeightedLogits",
     "adapter_sha256",

@@ -66,6 +66,17 @@ class AdapterBank:
         Raises:
             AdapterError: it is missing, corrupt, or made for another base model.
         """
+        known = KnownAdapter(name, self.check(folder))
+        with self._lock:
+            self._forget(name)
+            self._known[name] = known
+
+    def check(self, folder: Path) -> AdapterFile:
+        """The file of an adapter that could be added.
+
+        Raises:
+            AdapterError: it could not.
+        """
         file = read_adapter(folder, self._base_shapes)
         for module in file.ranks:
             if self._modules is not None and module not in self._modules:
@@ -73,10 +84,7 @@ class AdapterBank:
                     f"{folder}: module {module} cannot be adapted on the int8 path; "
                     "set `engine.backend: torch`"
                 )
-        known = KnownAdapter(name, file)
-        with self._lock:
-            self._forget(name)
-            self._known[name] = known
+        return file
 
     def remove(self, name: str) -> None:
         """Forget an adapter.

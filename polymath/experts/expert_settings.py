@@ -17,6 +17,8 @@ __all__ = [
     "JudgeSettings",
     "Price",
     "SamplingDefaults",
+    "Secret",
+    "Url",
 ]
 
 

@@ -58,8 +58,7 @@ class Ticket:
     @property
     def experts(self) -> frozenset[str] | None:
         """Those that may be asked; None is all."""
-        allowed = None if self.key is None else self.key.experts
-        return None if allowed is None else frozenset(allowed)
+        return None if self.key is None else self.key.allowed
 
     @property
     def owner(self) -> str:

@@ -14,12 +14,21 @@ __all__ = ["AdapterUpdates"]
 
 
 class AdapterUpdates:
-    """Adds adapters to the catalog and takes them away again; those of the config stay."""
+    """Adds adapters to the catalog and takes them away again; those of the config stay.
 
-    def __init__(self, catalog: dict[str, Expert], models: Mapping[str, LoraModel]) -> None:
+    Args:
+        added: those that were added before; a reload keeps them.
+    """
+
+    def __init__(
+        self,
+        catalog: dict[str, Expert],
+        models: Mapping[str, LoraModel],
+        added: dict[str, ExpertSettings],
+    ) -> None:
         self._catalog = catalog
         self._models = models
-        self._added: set[str] = set()
+        self._added = added
 
     def load(self, request: LoadAdapterRequest) -> None:
         """Make an adapter an expert at once; its weights are read when it is first asked.
@@ -44,7 +53,7 @@ class AdapterUpdates:
             self._leave_base(name, base_model)
         settings = ExpertSettings(base_model=base_model, adapter=folder)
         self._catalog[name] = Expert(name, settings, ())
-        self._added.add(name)
+        self._added[name] = settings
 
     def unload(self, name: str) -> None:
         """Forget an adapter that `load` added; answers in progress keep it to their end.
@@ -60,7 +69,7 @@ class AdapterUpdates:
                 f"{name!r} belongs to the config file; take it out there.", param="lora_name"
             )
         base_model = self._catalog.pop(name).settings.base_model
-        self._added.remove(name)
+        del self._added[name]
         self._models[str(base_model)].adapters.remove(name)
 
     def _leave_base(self, name: str, new: str) -> None:

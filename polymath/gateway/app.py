@@ -1,165 +1,106 @@
-"""The HTTP endpoint: OpenAI's chat completions and models, routing decisions, probes."""
+"""The HTTP endpoint: OpenAI's APIs, routing decisions, feedback, probes."""
+
+from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from polymath import __version__
-from polymath.errors import ModelNotFound, NotReady
-from polymath.experts import Engine, Expert, build_catalog
-from polymath.gateway.adapters import AdapterUpdates
-from polymath.gateway.completion import ExplainedEvents, decision_headers, explained
+from polymath.errors import NotReady, PolymathError
+from polymath.gateway.admin import admin_routes
+from polymath.gateway.completion import decision_headers
 from polymath.gateway.failures import handle_failures
-from polymath.gateway.metrics import metrics_response
-from polymath.gateway.middleware import BodyLimit, RequestId
-from polymath.gateway.prepare import Prepared
+from polymath.gateway.feedback import FeedbackRequest, judged
+from polymath.gateway.gateway import Gateway
+from polymath.gateway.json_logs import REQUEST_ID
+from polymath.gateway.middleware import CLIENT_CLOSED_REQUEST, BodyLimit, Counted, RequestId
 from polymath.gateway.protocol import (
     ChatBody,
     LoadAdapterRequest,
     RouteRequest,
     UnloadAdapterRequest,
 )
-from polymath.gateway.service import ChatService, decide, open_service
-from polymath.gateway.settings import ROUTED_MODELS
+from polymath.gateway.reload import Reloader
+from polymath.gateway.service import decide
 from polymath.gateway.streaming import EventStream, unless_disconnected
-from polymath.gateway.strict_json import StrictJsonRoute
+from polymath.gateway.strict_json import strict_json_route
+from polymath.gateway.visit import Visit
 
 __all__ = ["Gateway", "create_app"]
 
 logger = logging.getLogger(__name__)
 
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that went away; nobody sees it but the log."""
-
-
-class Gateway:
-    """What the endpoints share: the experts, the router and, once loaded, the engine.
-
-    Args:
-        on_failure: called if the models cannot be loaded, so that the server can end.
-    """
-
-    def __init__(self, prepared: Prepared, on_failure: Callable[[], None] = lambda: None) -> None:
-        settings = prepared.settings
-        self.catalog = build_catalog(settings.base_models, settings.experts)
-        self.router = prepared.router
-        self.max_body_bytes = settings.server.max_body_bytes
-        self.started = int(time.time())
-        self.failure: Exception | None = None
-        self._prepared = prepared
-        self._on_failure = on_failure
-        self._service: ChatService | None = None
-        self._updates: AdapterUpdates | None = None
-        self.allow_updates = settings.server.allow_runtime_lora_updating
-
-    @property
-    def ready(self) -> bool:
-        """Whether the models are loaded."""
-        return self._service is not None
-
-    @property
-    def engine(self) -> Engine:
-        """Runs the decode groups.
-
-        Raises:
-            NotReady: the models are still loading.
-        """
-        return self.service.engine
-
-    @property
-    def service(self) -> ChatService:
-        """Answers requests.
-
-        Raises:
-            NotReady: the models are still loading.
-        """
-        if self._service is None:
-            raise NotReady("The models are still loading; retry in a few seconds.")
-        return self._service
-
-    @property
-    def updates(self) -> AdapterUpdates:
-        """Adds and removes adapters.
-
-        Raises:
-            NotReady: the models are still loading.
-        """
-        if self._updates is None:
-            self._updates = AdapterUpdates(self.catalog, self.engine.models)
-        return self._updates
-
-    async def load(self) -> None:
-        """Load the models; the server answers probes meanwhile."""
-        try:
-            service = await asyncio.to_thread(open_service, self._prepared, self.catalog)
-            await service.check_upstreams()
-            self._service = service
-        except Exception as error:  # ends the server: `serve` prints it and exits non-zero
-            logger.exception("the models cannot be loaded")
-            self.failure = error
-            self._on_failure()
-            return
-        logger.info("ready: %s", ", ".join(self.catalog))
-
-    async def close(self) -> None:
-        """Close the connections to upstreams and end the engine."""
-        if self._service is not None:
-            await self._service.close()
-
-    def model_card(self, name: str) -> dict[str, Any]:
-        """One entry of `GET /v1/models`.
-
-        Raises:
-            ModelNotFound: there is no such model.
-        """
-        if name in ROUTED_MODELS:
-            about: dict[str, Any] = {
-                "kind": "router",
-                "description": "The router chooses the expert.",
-            }
-        elif (expert := self.catalog.get(name)) is not None:
-            about = _about(expert)
-        else:
-            raise ModelNotFound(f"The model {name!r} does not exist.", param="model")
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "polymath",
-            "polymath": about,
-        }
-
 
 def create_app(gateway: Gateway) -> FastAPI:
     """The ASGI application of one gateway; its models load in the background."""
+    settings = gateway.settings
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(gateway.load())
+        app.state.reloader = Reloader(gateway)
+        running = asyncio.create_task(_run(gateway, app.state.reloader))
         yield
-        loading.cancel()
+        running.cancel()
         with suppress(asyncio.CancelledError):
-            await loading
+            await running
         await gateway.close()
 
     app = FastAPI(title="Polymath", version=__version__, lifespan=lifespan)
-    app.router.route_class = StrictJsonRoute
+    app.router.route_class = strict_json_route(settings.limits.max_depth)
     app.state.gateway = gateway
-    app.add_middleware(BodyLimit, max_bytes=gateway.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=settings.server.max_body_bytes,
+        max_header_bytes=settings.limits.max_header_bytes,
+        seconds=settings.limits.receive_timeout,
+    )
+    if settings.server.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.server.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "cache-control"],
+            expose_headers=["x-request-id", "x-polymath-expert", "x-polymath-domain"],
+        )
     app.add_middleware(RequestId)
+    app.add_middleware(Counted, tell=gateway.metrics.observe_http)
     handle_failures(app)
     _add_endpoints(app)
-    if gateway.allow_updates:
+    if settings.server.allow_runtime_lora_updating:
         app.post("/v1/load_lora_adapter", response_model=None)(load_lora_adapter)
         app.post("/v1/unload_lora_adapter", response_model=None)(unload_lora_adapter)
+    if settings.server.admin_key is not None:
+        app.include_router(admin_routes(settings.limits.max_depth))
     return app
+
+
+async def _run(gateway: Gateway, reloader: Reloader) -> None:
+    """Load the models, then reload when that is asked for."""
+    await gateway.load()
+    if not gateway.ready:
+        return
+    await reloader.start()
+    with suppress(ValueError, RuntimeError, NotImplementedError):  # outside of the main thread
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(_hung_up(reloader)))
+    await reloader.watch()
+
+
+async def _hung_up(reloader: Reloader) -> None:
+    try:
+        await reloader.reload("SIGHUP")
+    except PolymathError as error:
+        logger.error("the config is as it was: %s", error.message)
 
 
 def _gateway(request: Request) -> Gateway:
@@ -173,6 +114,7 @@ Shared = Annotated[Gateway, Depends(_gateway)]
 def _add_endpoints(app: FastAPI) -> None:
     app.post("/v1/chat/completions", response_model=None)(chat_completions)
     app.post("/v1/route", response_model=None)(route)
+    app.post("/v1/feedback", response_model=None)(feedback)
     app.get("/v1/models", response_model=None)(list_models)
     app.get("/v1/models/{name:path}", response_model=None)(retrieve_model)
     app.get("/metrics", response_model=None)(metrics)
@@ -180,64 +122,87 @@ def _add_endpoints(app: FastAPI) -> None:
     app.get("/readyz", response_model=None)(readyz)
 
 
+async def entered(gateway: Gateway, asked: Mapping[str, Any], request: Request) -> Visit:
+    """Let a chat request in.
+
+    Raises:
+        PolymathError: it is not let in.
+    """
+    return await gateway.door.enter(gateway.live, asked, request.headers, REQUEST_ID.get())
+
+
 async def chat_completions(body: ChatBody, request: Request, gateway: Shared) -> Response:
     """Answer a conversation, whole or as a stream."""
-    service, asked = gateway.service, body.model_dump()
-    decision = await asyncio.to_thread(service.decide, asked, request.headers)
-    logger.info(
-        "%s answers (%s, confidence %.2f) for user %s, metadata %s",
-        decision.expert,
-        decision.source,
-        decision.confidence,
-        asked.get("user"),
-        asked.get("metadata"),
-    )
-    headers, expert = decision_headers(decision), service.answering(decision)
+    visit = await entered(gateway, body.model_dump(), request)
     if body.stream:
-        events = await unless_disconnected(request.receive, expert.stream(asked))
+        events = await unless_disconnected(request.receive, visit.stream())
         if events is not None:
-            return EventStream(ExplainedEvents(events, decision), headers)
+            return EventStream(events, visit.headers)
     else:
-        whole = await unless_disconnected(request.receive, expert.whole(asked))
+        whole = await unless_disconnected(request.receive, visit.whole())
         if whole is not None:
-            return _json(explained(whole, decision), headers=headers)
+            return _json(whole, headers=visit.headers)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def route(body: RouteRequest, request: Request, gateway: Shared) -> Response:
     """The decision alone, without generation."""
+    key = await gateway.access.authenticate(request.headers.get("authorization"))
     decision = await asyncio.to_thread(
-        decide, body.model, body.conversation(), gateway.catalog, gateway.router, request.headers
+        decide,
+        body.model,
+        body.conversation(),
+        gateway.catalog,
+        gateway.router,
+        request.headers,
+        None if key is None else key.allowed,
     )
     return _json(decision.to_dict(), headers=decision_headers(decision))
 
 
-async def list_models(gateway: Shared) -> Response:
+async def feedback(body: FeedbackRequest, request: Request, gateway: Shared) -> Response:
+    """What a client thinks of an answer: the expert that would have been right, or thumbs."""
+    key = await gateway.access.authenticate(request.headers.get("authorization"))
+    decision = await gateway.decisions.find(body.id)
+    entry = judged(body, decision, key, gateway.catalog, time.time())
+    await gateway.feedback.write(entry)
+    return _json({"object": "feedback", "id": body.id, "stored_prompt": "messages" in entry})
+
+
+async def list_models(request: Request, gateway: Shared) -> Response:
     """Experts, base models and the routed model."""
-    names = [ROUTED_MODELS[0], *gateway.catalog]
-    return _json({"object": "list", "data": [gateway.model_card(name) for name in names]})
+    key = await gateway.access.authenticate(request.headers.get("authorization"))
+    cards = gateway.model_cards(None if key is None else key.allowed)
+    return _json({"object": "list", "data": cards})
 
 
-async def retrieve_model(name: str, gateway: Shared) -> Response:
+async def retrieve_model(name: str, request: Request, gateway: Shared) -> Response:
     """One model."""
-    return _json(gateway.model_card(name))
+    key = await gateway.access.authenticate(request.headers.get("authorization"))
+    return _json(gateway.model_card(name, None if key is None else key.allowed))
 
 
-async def load_lora_adapter(body: LoadAdapterRequest, gateway: Shared) -> Response:
+async def load_lora_adapter(
+    body: LoadAdapterRequest, request: Request, gateway: Shared
+) -> Response:
     """Make an adapter folder an expert."""
+    await gateway.access.authenticate(request.headers.get("authorization"))
     await asyncio.to_thread(gateway.updates.load, body)
     return _json({"status": "loaded", "lora_name": body.lora_name})
 
 
-async def unload_lora_adapter(body: UnloadAdapterRequest, gateway: Shared) -> Response:
+async def unload_lora_adapter(
+    body: UnloadAdapterRequest, request: Request, gateway: Shared
+) -> Response:
     """Forget an adapter that was loaded at run time."""
+    await gateway.access.authenticate(request.headers.get("authorization"))
     gateway.updates.unload(body.lora_name)
     return _json({"status": "unloaded", "lora_name": body.lora_name})
 
 
 async def metrics(gateway: Shared) -> Response:
-    """What the engine counts, for Prometheus."""
-    return metrics_response(gateway.engine.stats, gateway.service.upstreams)
+    """What is counted, for Prometheus."""
+    return gateway.metrics.response()
 
 
 async def healthz() -> Response:
@@ -252,17 +217,5 @@ async def readyz(gateway: Shared) -> Response:
     return _json({"status": "loading"}, status=NotReady.status)
 
 
-def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(body), status, headers, "application/json")
-
-
-def _about(expert: Expert) -> dict[str, Any]:
-    settings = expert.settings
-    return {
-        "kind": settings.kind,
-        "description": settings.description,
-        "base_model": settings.base_model,
-        "members": [*settings.parts(), *settings.helpers()],
-        "domains": list(expert.domains),
-        "price": settings.price.model_dump() if settings.price else None,
-    }

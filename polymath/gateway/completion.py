@@ -3,7 +3,9 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import quote
 
@@ -13,7 +15,27 @@ from polymath.gateway.protocol import ChatRequest
 from polymath.proxy import Events, notes_of
 from polymath.router import RouteDecision
 
-__all__ = ["ChatCompletion", "ExplainedEvents", "decision_headers", "explained"]
+__all__ = [
+    "ChatCompletion",
+    "ExplainedEvents",
+    "decision_headers",
+    "explained",
+    "noting_first_token",
+]
+
+
+FIRST_TOKEN: ContextVar[Callable[[], None]] = ContextVar("FIRST_TOKEN", default=lambda: None)
+"""Is told of the tokens of whole answers, whose first one nobody sees otherwise."""
+
+
+@contextmanager
+def noting_first_token(note: Callable[[], None]) -> Iterator[None]:
+    """Have `note` called at every token of an answer that the engine gives meanwhile."""
+    before = FIRST_TOKEN.set(note)
+    try:
+        yield
+    finally:
+        FIRST_TOKEN.reset(before)
 
 
 class ChatCompletion:
@@ -34,7 +56,9 @@ class ChatCompletion:
         """The `chat.completion` object, when the last choice is finished."""
         names = self._answer.plan.names
         choices = [_Choice(index, names) for index in range(self._request.n)]
+        note = FIRST_TOKEN.get()
         async for index, chunk in _merged(self._answer.completions):
+            note()
             self._completion_tokens += 1
             choices[index].add(chunk)
         body = {

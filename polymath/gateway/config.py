@@ -4,10 +4,11 @@
 of the environment can never change the structure of the file. `$${` stands for a literal `${`.
 """
 
+import copy
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,19 +17,24 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from polymath.errors import ConfigError
+from polymath.experts import ExpertSettings
 from polymath.gateway.contradictions import KeyPath, contradictions, suggestion
 from polymath.gateway.settings import Settings
 
-__all__ = ["ConfigFile", "KeyPath", "load_config", "read_config"]
+__all__ = ["Changes", "ConfigFile", "KeyPath", "load_config", "read_config"]
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
 FORM = re.compile(r"^(dict|tuple)\[")
 """How pydantic marks in a location which form of `members` it tried."""
 
-SECRETS = frozenset({"api_base", "api_key", "headers"})
+SECRETS = frozenset({"admin_key", "api_base", "api_key", "headers", "store"})
 """Keys whose values are not shown."""
 
 VARIABLE = re.compile(r"(?P<escape>\$)?\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}")
+
+
+Changes = Mapping[tuple[str, ...], Any]
+"""Key path -> the value in place of the file's; None takes the key out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +50,35 @@ class ConfigFile:
     settings: Settings
     lines: Mapping[KeyPath, int]
 
+    def with_experts(self, experts: Mapping[str, ExpertSettings]) -> "ConfigFile":
+        """The same with more experts, whose paths are as they are to be read."""
+        more = {**self.settings.experts, **experts}
+        return replace(self, settings=self.settings.model_copy(update={"experts": more}))
+
     def problem(self, key: KeyPath, message: str) -> str:
         """`FILE:LINE: KEY: MESSAGE`"""
         return _problem(self.path, self.lines, key, message)
 
 
-def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFile:
+def load_config(
+    path: Path, environ: Mapping[str, str] = os.environ, changes: Changes | None = None
+) -> ConfigFile:
     """Read, expand and check a config file. No model is touched yet.
 
+    Args:
+        changes: made to the file's values at run time.
     Raises:
         ConfigError: one line for each problem.
     """
-    file = read_config(path, environ)
+    file = read_config(path, environ, changes)
     if problems := [file.problem(key, message) for key, message in contradictions(file.settings)]:
         raise ConfigError(problems)
     return file
 
 
-def read_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFile:
+def read_config(
+    path: Path, environ: Mapping[str, str] = os.environ, changes: Changes | None = None
+) -> ConfigFile:
     """Read and expand a config file and check each section alone, not what they say of each other.
 
     Raises:
@@ -69,6 +86,8 @@ def read_config(path: Path, environ: Mapping[str, str] = os.environ) -> ConfigFi
     """
     reader = _Reader(path, environ)
     values = reader.read()
+    if changes and isinstance(values, dict):
+        values = reader.changed(values, changes)
     if reader.problems:
         raise ConfigError(reader.problems)
     try:
@@ -110,6 +129,26 @@ class _Reader:
         else:
             return self._parse(text)
         return None
+
+    def changed(self, values: dict[str, Any], changes: Changes) -> dict[str, Any]:
+        """The values of the file with others at some places, or none."""
+        changed = copy.deepcopy(values)
+        for (*outer, name), value in changes.items():
+            place = changed
+            for part in outer:
+                place = place.setdefault(part, {})
+            if value is None:
+                place.pop(name, None)
+            else:
+                place[name] = self._expanded_all(value, (*outer, name))
+        return changed
+
+    def _expanded_all(self, value: Any, key: KeyPath) -> Any:
+        if isinstance(value, dict):
+            return {name: self._expanded_all(v, (*key, name)) for name, v in value.items()}
+        if isinstance(value, list):
+            return [self._expanded_all(item, (*key, i)) for i, item in enumerate(value)]
+        return self._expanded(value, key) if isinstance(value, str) else value
 
     def _parse(self, text: str) -> Any:
         try:

@@ -40,6 +40,11 @@ def contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
         if expert.judge is not None:
             yield from _unfit_judge(expert.judge, name, [*bases, *experts])
     yield from _shared_domains(settings)
+    if settings.server.workers > 1 and settings.store == "memory":
+        message = "several processes need a store that they share: `store: redis://...`"
+        yield ("server", "workers"), message
+    if settings.cache.semantic and settings.router.kind == "gradient":
+        yield ("cache", "semantic"), "needs a router that has a sentence encoder"
     yield from _unfit_router(settings, [*bases, *experts])
 
 

@@ -77,6 +77,11 @@ class KeyRecord(BaseModel):
     off_topic: OffTopic | None = None
     keep_prompts: bool = False
 
+    @property
+    def allowed(self) -> frozenset[str] | None:
+        """Experts that may be asked; None is all."""
+        return None if self.experts is None else frozenset(self.experts)
+
     def opens_with(self, secret: str) -> bool:
         """Whether this is the secret of the key, compared in constant time."""
         return hmac.compare_digest(_sha256(secret), self.secret_sha256)
@@ -162,8 +167,8 @@ def read_record(value: bytes) -> KeyRecord:
         return KeyRecord.model_validate_json(value)
     except ValidationError as error:
         problem = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise StoreUnavailable(f"A key record is damaged: {place}: {problem['msg']}.") from None
+        where = ".".join(str(part) for part in problem["loc"]) or "all of it"
+        raise StoreUnavailable(f"A key record is damaged: {where}: {problem['msg']}.") from None
 
 
 def split_key(key: str) -> tuple[str, str]:

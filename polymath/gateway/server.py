@@ -1,5 +1,7 @@
 """uvicorn around the gateway: listens, drains on SIGTERM, ends if the models cannot be loaded."""
 
+import asyncio
+import ipaddress
 import logging
 import os
 import socket
@@ -7,7 +9,11 @@ import socket
 import uvicorn
 
 from polymath.errors import ConfigError
-from polymath.gateway.app import Gateway, create_app
+from polymath.gateway.app import create_app
+from polymath.gateway.gateway import Gateway, open_store
+from polymath.gateway.http_protocol import limited_protocol
+from polymath.gateway.json_logs import set_up_logging
+from polymath.gateway.keys import KeyRing
 from polymath.gateway.prepare import Prepared
 
 __all__ = ["serve"]
@@ -24,17 +30,15 @@ def serve(prepared: Prepared) -> None:
         ConfigError: the address cannot be listened on, or a model cannot be loaded.
     """
     settings = prepared.settings.server
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for chatty in ("httpx", "httpcore", "hpack"):  # they log headers, in which keys may stand
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    set_up_logging(settings.log_level, settings.log_format)
+    asyncio.run(_check_open(prepared))
     listener = _listen(prepared)
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
     gateway = Gateway(prepared, on_failure=lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         create_app(gateway),
+        http=limited_protocol(prepared.settings.limits),
         log_config=None,
         log_level=settings.log_level,
         server_header=False,
@@ -44,6 +48,35 @@ def serve(prepared: Prepared) -> None:
     server.run([listener])
     if gateway.failure is not None:
         raise ConfigError([f"the models cannot be loaded: {gateway.failure}"])
+
+
+async def _check_open(prepared: Prepared) -> None:
+    """Serve nobody but this machine without keys, unless the config says so.
+
+    Raises:
+        ConfigError: there are no keys, and others could reach the address.
+    """
+    settings = prepared.settings
+    if settings.auth == "none" or _is_loopback(settings.server.host):
+        return
+    store = open_store(settings)
+    try:
+        protected = await KeyRing(store).any()
+    finally:
+        await store.close()
+    if not protected:
+        message = (
+            f"{settings.server.host} can be reached by others, and there are no keys; make one "
+            "(`polymath keys create --name NAME`), listen on 127.0.0.1, or say `auth: none`"
+        )
+        raise ConfigError([prepared.config.problem(("server", "host"), message)])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _reason(error: OSError) -> str:

@@ -3,12 +3,20 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from polymath.errors import ModelNotFound, Overloaded, UpstreamFailed
-from polymath.experts import Engine, EngineSettings, Expert, build_catalog, load_models
+from polymath.errors import ModelNotFound, NotAllowed, Overloaded, UpstreamFailed
+from polymath.experts import (
+    Engine,
+    EngineSettings,
+    Expert,
+    ExpertSettings,
+    build_catalog,
+    load_models,
+)
 from polymath.gateway.completion import ChatCompletion
 from polymath.gateway.failures import first_problem
 from polymath.gateway.local_answers import LocalAnswers
@@ -26,11 +34,11 @@ from polymath.proxy import (
     Upstream,
     text_of,
 )
-from polymath.router import Message, RouteDecision, Router
+from polymath.router import Allowed, Message, RouteDecision, Router
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ChatService", "decide", "open_service"]
+__all__ = ["ChatService", "decide", "explicit", "open_engine", "open_service", "turns_of"]
 
 
 CHECK_SECONDS = 10.0
@@ -42,6 +50,8 @@ class ChatService:
 
     Args:
         catalog: experts by name; what is added to it can be asked at once.
+        engine: None where no expert has a model here.
+        known: upstreams that may be used again, if nothing about them has changed.
 
     Attributes:
         upstreams: those behind HTTP, by the expert's name.
@@ -51,32 +61,69 @@ class ChatService:
         self,
         catalog: Mapping[str, Expert],
         router: Router,
-        engine: Engine,
+        engine: Engine | None,
         settings: EngineSettings,
+        fallback: str | None = None,
+        known: Mapping[str, Upstream] | None = None,
     ) -> None:
         self.engine = engine
+        self._fallback = fallback
         self._catalog = catalog
         self._router = router
         self.upstreams = {
-            name: Upstream(name, expert.settings)
+            name: _same(known or {}, name, expert.settings) or Upstream(name, expert.settings)
             for name, expert in catalog.items()
             if expert.settings.kind == "upstream"
         }
         self._steered = dict(self._steered_upstreams())
-        self.local = LocalAnswers(catalog, router, engine, settings, self._steered)
+        self.local = (
+            None
+            if engine is None
+            else LocalAnswers(catalog, router, engine, settings, self._steered)
+        )
         self._remote = dict(self._remote_experts())
 
-    def decide(self, body: Body, headers: Mapping[str, str]) -> RouteDecision:
+    async def decide(
+        self, body: Body, headers: Mapping[str, str], allowed: Allowed = None
+    ) -> RouteDecision:
         """Who shall answer a request.
 
+        Args:
+            allowed: experts that may.
         Raises:
             ModelNotFound: nobody is called so.
+            NotAllowed: the expert that is named may not answer.
         """
-        return decide(body["model"], turns_of(body), self._catalog, self._router, headers)
+        if body["model"] in ROUTED_MODELS:
+            return await self.routed(body, headers, allowed)
+        return explicit(body["model"], self._catalog, allowed)
 
-    def answering(self, decision: RouteDecision) -> Answering:
-        """Who answers as the router decided."""
-        return self._remote.get(decision.expert) or LocalExpert(self.local, decision)
+    async def routed(
+        self, body: Body, headers: Mapping[str, str], allowed: Allowed = None
+    ) -> RouteDecision:
+        """What the router says of a request, whatever model it names."""
+        turns = turns_of(body)
+        return await asyncio.to_thread(self._router.route, turns, headers, allowed)
+
+    def fallback(self, decision: RouteDecision) -> RouteDecision:
+        """The decision for the router's fallback in place of another."""
+        name = self._fallback or decision.expert
+        return replace(decision, weights={name: 1.0}, source="fallback", combine="select")
+
+    def answering(self, decision: RouteDecision, allowed: Allowed = None) -> Answering:
+        """Who answers as the router decided.
+
+        Args:
+            allowed: of the experts that stand in for one that fails, these alone are asked.
+        """
+        remote = self._remote.get(decision.expert)
+        if isinstance(remote, Relay) and allowed is not None:
+            return remote.within(allowed)
+        if remote is not None:
+            return remote
+        if self.local is None:
+            raise ModelNotFound(f"No model is loaded for {decision.expert!r}.", param="model")
+        return LocalExpert(self.local, decision)
 
     def ask(self, name: str) -> Answering:
         """The expert of a name.
@@ -101,7 +148,8 @@ class ChatService:
         """Close the connections and end the engine."""
         for upstream in self.upstreams.values():
             await upstream.close()
-        await asyncio.to_thread(self.engine.close)
+        if self.engine is not None:
+            await asyncio.to_thread(self.engine.close)
 
     async def check_upstreams(self) -> None:
         """Make sure that upstreams that are steered cut texts as the local models do.
@@ -121,7 +169,7 @@ class ChatService:
         for name, expert in self._catalog.items():
             settings = expert.settings
             upstream = self.upstreams.get(settings.large or "")
-            if upstream is not None:
+            if upstream is not None and self.engine is not None:
                 base = self._catalog[str(settings.untuned)].settings.base_model
                 local = self.engine.models[str(base)]
                 yield name, RemoteScores(upstream, local, settings.support)
@@ -182,9 +230,18 @@ def open_service(prepared: Prepared, catalog: dict[str, Expert] | None = None) -
     settings = prepared.settings
     if catalog is None:
         catalog = build_catalog(settings.base_models, settings.experts)
+    return ChatService(
+        catalog, prepared.router, open_engine(prepared), settings.engine, settings.router.fallback
+    )
+
+
+def open_engine(prepared: Prepared) -> Engine | None:
+    """Load the base models with their adapters and start the engine, if there are any."""
+    settings = prepared.settings
+    if not prepared.folders:
+        return None
     models = load_models(prepared.folders, settings.base_models, settings.experts, settings.engine)
-    engine = Engine(models, settings.engine)
-    return ChatService(catalog, prepared.router, engine, settings.engine)
+    return Engine(models, settings.engine)
 
 
 def decide(
@@ -193,32 +250,46 @@ def decide(
     catalog: Mapping[str, Expert],
     router: Router,
     headers: Mapping[str, str] | None = None,
+    allowed: Allowed = None,
 ) -> RouteDecision:
     """The router's decision for a routed model name; otherwise the expert that is named.
 
     Raises:
         ModelNotFound: no expert, base model or routed name is called so.
+        NotAllowed: the expert that is named may not answer.
     """
     if model in ROUTED_MODELS:
-        return router.route(messages, headers)
-    return explicit(model, catalog)
+        return router.route(messages, headers, allowed)
+    return explicit(model, catalog, allowed)
 
 
-def explicit(name: str, catalog: Mapping[str, Expert]) -> RouteDecision:
+def explicit(name: str, catalog: Mapping[str, Expert], allowed: Allowed = None) -> RouteDecision:
     """The decision for an expert that is named.
 
     Raises:
         ModelNotFound: no expert or base model is called so.
+        NotAllowed: it may not answer.
     """
+    if allowed is not None and name not in allowed and name in catalog:
+        raise NotAllowed(f"This API key does not have access to the model {name!r}.", param="model")
     expert = catalog.get(name)
     if expert is None:
         raise ModelNotFound(
             f"The model {name!r} does not exist. Available models: "
-            f"{', '.join([ROUTED_MODELS[0], *catalog])}.",
+            f"{', '.join([ROUTED_MODELS[0], *(n for n in catalog if _may(n, allowed))])}.",
             param="model",
         )
     domain = expert.domains[0] if expert.domains else None
     return RouteDecision({name: 1.0}, confidence=1.0, domain=domain, source="explicit")
+
+
+def _may(name: str, allowed: Allowed) -> bool:
+    return allowed is None or name in allowed
+
+
+def _same(known: Mapping[str, Upstream], name: str, settings: ExpertSettings) -> Upstream | None:
+    upstream = known.get(name)
+    return upstream if upstream is not None and upstream.settings == settings else None
 
 
 def turns_of(body: Body) -> list[Message]:

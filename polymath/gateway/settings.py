@@ -1,11 +1,16 @@
 """The whole config file, composed of the sections that the packages own."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from polymath.experts import BaseModelSettings, EngineSettings, ExpertSettings
+from polymath.experts import BaseModelSettings, EngineSettings, ExpertSettings, Secret
+from polymath.gateway.access import Auth, OnFailure
+from polymath.gateway.answer_cache import CacheSettings
+from polymath.gateway.request_limits import RequestLimits
+from polymath.gateway.topic_guard import TopicGuardSettings
+from polymath.gateway.tracing import TracingSettings
 from polymath.router import RouterSettings
 
 __all__ = ["ROUTED_MODELS", "ServerSettings", "Settings"]
@@ -39,6 +44,25 @@ class ServerSettings(BaseModel):
     shutdown_grace: float = Field(
         default=30.0, ge=0, description="Seconds that running answers get after SIGTERM."
     )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that serve; several of them need `store: redis://...`.",
+    )
+    admin_key: Secret | None = Field(
+        default=None, description="Opens `/admin`; write `${VAR}`. Without it there is no `/admin`."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Web pages of these origins may ask, e.g. `https://chat.example`."
+    )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="`json` writes an object a line."
+    )
+    log_prompts: bool = Field(default=False, description="Prompts may stand in logs and traces.")
+    watch_config: bool = Field(
+        default=True, description="Reload when the config file changes; SIGHUP does it at any rate."
+    )
 
 
 class Settings(BaseModel):
@@ -56,6 +80,37 @@ class Settings(BaseModel):
     router: RouterSettings = Field(description="Who chooses the expert.")
     engine: EngineSettings = Field(
         default=EngineSettings(), description="How the local models run."
+    )
+    store: Annotated[str, StringConstraints(pattern=r"^(memory|(rediss?|unix)://.+)$")] = Field(
+        default="memory",
+        description="Where keys, limits and the cache are kept: `memory` for one process, or the "
+        "URL of a Redis that replicas share.",
+    )
+    state_dir: Path = Field(
+        default=Path(".polymath"),
+        description="`store: memory`: folder of keys and logs, relative to the config file.",
+    )
+    auth: Auth = Field(
+        default="keys",
+        description="`keys`: as soon as there are keys, every request needs one; without any, only "
+        "a loopback address is served. `none`: nobody needs one.",
+    )
+    store_failure: OnFailure = Field(
+        default="closed",
+        description="While Redis is gone: `open` lets known keys in without limits, `closed` "
+        "nobody.",
+    )
+    limits: RequestLimits = Field(
+        default=RequestLimits(), description="The largest request that is served."
+    )
+    topic_guard: TopicGuardSettings = Field(
+        default=TopicGuardSettings(), description="What is talked about."
+    )
+    cache: CacheSettings = Field(
+        default=CacheSettings(), description="Which answers are given again."
+    )
+    tracing: TracingSettings = Field(
+        default=TracingSettings(), description="Where traces are sent to."
     )
 
     def located(self, root: Path) -> "Settings":
@@ -84,7 +139,14 @@ class Settings(BaseModel):
                 "clusters": self.router.clusters and root / self.router.clusters,
             }
         )
-        return self.model_copy(update={"experts": experts, "base_models": bases, "router": router})
+        return self.model_copy(
+            update={
+                "experts": experts,
+                "base_models": bases,
+                "router": router,
+                "state_dir": root / self.state_dir,
+            }
+        )
 
     def domains(self) -> dict[str, str]:
         """Router domain -> expert that answers it; an expert without `domains` has its own name."""

@@ -6,10 +6,11 @@ from polymath.proxy.circuit_breaker import BreakerState, CircuitBreaker
 from polymath.proxy.draft_length import DraftLength
 from polymath.proxy.guidance import Guided
 from polymath.proxy.judges import Confidence, Reference, read_references
-from polymath.proxy.messages import FirstNoted, answer_text, noted, notes_of, text_of
+from polymath.proxy.messages import FirstNoted, answer_text, events_of, noted, notes_of, text_of
 from polymath.proxy.relay import Relay
-from polymath.proxy.remote_scores import RemoteScores, Support
+from polymath.proxy.remote_scores import RemoteScores, Scored
 from polymath.proxy.steering import SteeredAnswer
+from polymath.proxy.support import Support
 from polymath.proxy.upstream import Upstream
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "Reference",
     "Relay",
     "RemoteScores",
+    "Scored",
     "SteeredAnswer",
     "Support",
     "Upstream",
     "answer_text",
+    "events_of",
     "noted",
     "notes_of",
     "read_references",

@@ -6,7 +6,7 @@ Fields that we do not know (tools, images, reasoning) are handed on untouched in
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from polymath.errors import Overloaded, PolymathError, UpstreamFailed
@@ -31,12 +31,25 @@ class Relay:
 
     Args:
         ask: finds the fallbacks.
+        fallbacks: by default those of the settings.
     """
 
-    def __init__(self, upstream: Upstream, settings: ExpertSettings, ask: Ask) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        settings: ExpertSettings,
+        ask: Ask,
+        fallbacks: Sequence[str] | None = None,
+    ) -> None:
         self._upstream = upstream
         self._settings = settings
         self._ask = ask
+        self._fallbacks = settings.fallbacks if fallbacks is None else tuple(fallbacks)
+
+    def within(self, allowed: Collection[str]) -> Relay:
+        """The same, in whose place only these experts answer."""
+        kept = [name for name in self._fallbacks if name in allowed]
+        return Relay(self._upstream, self._settings, self._ask, kept)
 
     async def whole(self, body: Body) -> dict[str, Any]:
         outgoing = {**self._outgoing(body), "stream": False}
@@ -67,7 +80,7 @@ class Relay:
         try:
             return await own()
         except (UpstreamFailed, Overloaded) as error:
-            for name in self._upstream.fallbacks:
+            for name in self._fallbacks:
                 try:
                     result = await others(self._ask(name))
                 except PolymathError as problem:

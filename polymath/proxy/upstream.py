@@ -36,7 +36,7 @@ class Upstream:
 
     def __init__(self, name: str, settings: ExpertSettings) -> None:
         self.name = name
-        self.fallbacks = settings.fallbacks
+        self.settings = settings
         own = (
             [Deployment(api_base=settings.api_base, api_key=settings.api_key)]
             if settings.api_base

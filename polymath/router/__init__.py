@@ -12,6 +12,7 @@ from polymath.router.cluster_artifact import (
 )
 from polymath.router.cluster_readers import PromptFeatures, distilled_reader, gradient_reader
 from polymath.router.decision import (
+    Allowed,
     Combine,
     Message,
     Neighbour,
@@ -20,6 +21,7 @@ from polymath.router.decision import (
     Source,
     Why,
 )
+from polymath.router.embedder import Embedder, HasEmbedder
 from polymath.router.encoder import (
     MAX_TOKENS,
     TOKENIZER_FILE,
@@ -41,6 +43,7 @@ from polymath.router.rules import Rule, RuleSettings
 from polymath.router.settings import RouterSettings
 
 __all__ = [
+    "Allowed",
     "BASE_FOLDER",
     "CLUSTERS_FILE",
     "DISTILLED_FOLDER",
@@ -52,9 +55,11 @@ __all__ = [
     "ClusterCard",
     "ClusterPolicy",
     "Combine",
+    "Embedder",
     "Encoder",
     "EncoderRouter",
     "GradientRouter",
+    "HasEmbedder",
     "HybridRouter",
     "Message",
     "Neighbour",

@@ -1,10 +1,11 @@
 """What a router says: weights over experts, how sure it is, and why."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 __all__ = [
+    "Allowed",
     "Combine",
     "Message",
     "Neighbour",
@@ -13,6 +14,7 @@ __all__ = [
     "Source",
     "Why",
     "largest_first",
+    "within",
 ]
 
 Message = Mapping[str, str]
@@ -20,8 +22,22 @@ Message = Mapping[str, str]
 
 Source = Literal["encoder", "gradient", "rule", "explicit", "sticky", "fallback"]
 
+Allowed = Set[str] | None
+"""Experts that may be chosen; None is all of them."""
+
 Combine = Literal["select", "ensemble", "posterior", "logits"]
 """Who answers: the expert of the largest weight, or all of them by the engine's combiners."""
+
+
+def within(weights: Mapping[str, float], allowed: Allowed) -> dict[str, float]:
+    """The weights of the experts that are allowed, brought to the sum that they had."""
+    if allowed is None:
+        return dict(weights)
+    kept = {name: weight for name, weight in weights.items() if name in allowed and weight > 0}
+    if not kept:
+        return dict.fromkeys(sorted(allowed)[:1], 1.0)
+    scale = sum(weights.values()) / sum(kept.values())
+    return {name: weight * scale for name, weight in kept.items()}
 
 
 def largest_first(weights: Mapping[str, float], most: int | None = None) -> dict[str, float]:
@@ -91,11 +107,16 @@ class Router(Protocol):
     """Reads a conversation and says who should answer it."""
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         """The decision for the last user turn of `messages`; never raises on any text.
 
         Args:
             headers: of the HTTP request, with names in lower case.
+            allowed: the weights are those of these experts, summing to 1: taking an expert away
+                takes away its domain (DEMix, Gururangan et al. 2022). Not empty.
         """
         ...

@@ -11,8 +11,9 @@ from polymath.errors import RouterArtifactError
 from polymath.router.artifact import Reference, RouterArtifact
 from polymath.router.calibration import calibrated
 from polymath.router.conversation import Reading, belief, user_turns
-from polymath.router.decision import Message, Neighbour, RouteDecision, Why
-from polymath.router.encoder import halves
+from polymath.router.decision import Allowed, Message, Neighbour, RouteDecision, Why
+from polymath.router.embedder import Embedder
+from polymath.router.encoder import SentenceEncoder, halves
 from polymath.router.micro_batch import Encoder, MicroBatcher
 from polymath.router.policy import Policy
 from polymath.router.prototypes import Prototypes
@@ -45,6 +46,8 @@ class EncoderRouter:
         examples: domain -> prompts by which a domain is known without training.
         sticky: probability that a conversation stays in its domain from turn to turn.
         out_of_scope: from this probability on a prompt is of no domain; by default the artifact's.
+    Attributes:
+        embedder: gives the encoder's vectors, if it is a sentence encoder.
     Raises:
         RouterArtifactError: the encoder's vectors have another length than the head's.
     """
@@ -67,6 +70,9 @@ class EncoderRouter:
         self._artifact = artifact
         self._head = artifact.head
         self._encoder = MicroBatcher(encoder)
+        self.embedder = (
+            Embedder(encoder, self._encoder) if isinstance(encoder, SentenceEncoder) else None
+        )
         self._policy = policy
         self._sticky = sticky
         limit = artifact.card.out_of_scope if out_of_scope is None else out_of_scope
@@ -77,15 +83,18 @@ class EncoderRouter:
             self._learn(examples, encoder)
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         """The decision for the last user turn; any text is answered."""
         started = time.perf_counter()
         turns = user_turns(messages, TURNS if self._sticky else 1)
-        decision = self._by_encoder(turns)
+        decision = self._by_encoder(turns, allowed)
         return replace(decision, latency_ms=(time.perf_counter() - started) * 1e3)
 
-    def _by_encoder(self, turns: Sequence[str]) -> RouteDecision:
+    def _by_encoder(self, turns: Sequence[str], allowed: Allowed) -> RouteDecision:
         vectors = self._encoder.vectors(turns)
         readings = [self._read(vector) for vector in vectors]
         last = readings[-1]
@@ -95,7 +104,7 @@ class EncoderRouter:
         domain = next(iter(probabilities))
         likeliest = max(last.domains, key=lambda name: last.domains[name])
         stuck = continued or (len(readings) > 1 and domain != likeliest)
-        choice = self._policy.choose(probabilities, in_scope=continued or not silent)
+        choice = self._policy.choose(probabilities, continued or not silent, allowed)
         return RouteDecision(
             weights=choice.weights,
             confidence=probabilities[domain],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from polymath.router.calibration import calibrated
-from polymath.router.decision import Message, RouteDecision, Why, largest_first
+from polymath.router.decision import Allowed, Message, RouteDecision, Why, largest_first, within
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +87,10 @@ class GradientRouter:
         self._policy = policy
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         """The decision for the last user turn."""
         started = time.perf_counter()
@@ -95,7 +98,7 @@ class GradientRouter:
         ordered = largest_first(weights)
         domain = next(iter(ordered))
         return RouteDecision(
-            weights=self._policy.choose(weights),
+            weights=within(self._policy.choose(weights), allowed),
             confidence=ordered[domain],
             domain=domain,
             source="gradient",

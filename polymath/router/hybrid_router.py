@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from polymath.router.decision import Message, RouteDecision, Router, largest_first
+from polymath.router.decision import Allowed, Message, RouteDecision, Router, largest_first
+from polymath.router.embedder import Embedder, HasEmbedder
 
 __all__ = ["HybridRouter"]
 
@@ -24,12 +25,20 @@ class HybridRouter:
         self._share = share
         self._most = most
 
+    @property
+    def embedder(self) -> Embedder | None:
+        """That of the encoder's router."""
+        return self._encoder.embedder if isinstance(self._encoder, HasEmbedder) else None
+
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         """The encoder's decision, with the weights of both."""
-        words = self._encoder.route(messages, headers)
-        pull = self._gradient.route(messages, headers)
+        words = self._encoder.route(messages, headers, allowed)
+        pull = self._gradient.route(messages, headers, allowed)
         weights: dict[str, float] = {}
         for decision, share in ((words, 1 - self._share), (pull, self._share)):
             for expert, weight in decision.weights.items():

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from polymath.router.decision import Combine, Source, largest_first
+from polymath.router.decision import Allowed, Combine, Source, largest_first, within
 
 __all__ = ["Choice", "Policy"]
 
@@ -35,11 +35,24 @@ class Policy:
     top_k: int = 2
     combine: Combine = "select"
 
-    def choose(self, probabilities: Mapping[str, float], in_scope: bool = True) -> Choice:
-        """Who answers, given the probability of each domain (summing to 1)."""
-        if not in_scope or max(probabilities.values()) < self.min_confidence:
+    def choose(
+        self,
+        probabilities: Mapping[str, float],
+        in_scope: bool = True,
+        allowed: Allowed = None,
+    ) -> Choice:
+        """Who answers, given the probability of each domain (summing to 1).
+
+        Args:
+            allowed: experts that may answer. Without the fallback, what is out of scope goes to the
+                likeliest of them.
+        """
+        trusted = in_scope and max(probabilities.values()) >= self.min_confidence
+        if not trusted and (allowed is None or self.fallback in allowed):
             return Choice({self.fallback: 1.0}, "fallback")
-        weights = self._by_expert(probabilities)
+        weights = within(self._by_expert(probabilities), allowed)
+        if not trusted:
+            return Choice(weights, "fallback")
         if self.combine == "select" or not self._unsure(weights):
             return Choice(weights, "encoder")
         best = dict(list(weights.items())[: self.top_k])

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from polymath.router.conversation import user_turns
-from polymath.router.decision import Message, RouteDecision, Router, Why
+from polymath.router.decision import Allowed, Message, RouteDecision, Router, Why
+from polymath.router.embedder import Embedder, HasEmbedder
 from polymath.router.rules import Rule, first_match
 
 __all__ = ["RuledRouter"]
@@ -26,15 +27,24 @@ class RuledRouter:
         for domain, expert in owners.items():
             self._domains.setdefault(expert, domain)
 
+    @property
+    def embedder(self) -> Embedder | None:
+        """That of the router behind the rules."""
+        return self._router.embedder if isinstance(self._router, HasEmbedder) else None
+
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         """The decision of the first rule that matches, else of the router."""
         started = time.perf_counter()
         (text,) = user_turns(messages, 1)
-        rule = first_match(self._rules, text, messages, headers or {})
+        rules = [rule for rule in self._rules if allowed is None or rule.expert in allowed]
+        rule = first_match(rules, text, messages, headers or {})
         if rule is None:
-            return self._router.route(messages, headers)
+            return self._router.route(messages, headers, allowed)
         return RouteDecision(
             weights={rule.expert: 1.0},
             confidence=1.0,

@@ -272,7 +272,7 @@ def two_bases(tiny_model: Path) -> AdapterUpdates:
     models = load_models(
         dict.fromkeys(bases, tiny_model), bases, {}, EngineSettings(backend="torch")
     )
-    return AdapterUpdates(build_catalog(bases, {}), models)
+    return AdapterUpdates(build_catalog(bases, {}), models, {})
 
 
 def test_where_there_are_several_base_models_one_must_be_named(

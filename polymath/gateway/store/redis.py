@@ -40,6 +40,8 @@ CONNECTIONS = 32
 """More requests than these wait for each other: Redis does one thing at a time anyway."""
 REST_SECONDS = 0.5
 """After a failure it is not asked for so long, so that requests do not queue up for time-outs."""
+REPEAT_SECONDS = 60.0
+"""Until the same refusal is logged again."""
 SPENT_SECONDS = 400 * 86400
 USAGE_SECONDS = 100 * 86400
 MICROSECONDS = 1e6
@@ -76,6 +78,7 @@ class RedisStore:
         self._put = self._redis.register_script(_script("put"))
         self._rests_until = 0.0
         self._gone = False
+        self._silent_until: dict[str, float] = {}
 
     async def find(self, name: str, field: str) -> bytes | None:
         value: bytes | None = await self._ask(lambda: self._redis.hget(self._key(name), field))
@@ -198,13 +201,16 @@ class RedisStore:
         await self._redis.aclose()
 
     async def _ask(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        from redis.exceptions import RedisError
+        from redis.exceptions import RedisError, ResponseError
 
         if time.monotonic() < self._rests_until:
             raise StoreUnavailable("Redis cannot be reached at present.")
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 answer = await call()
+        except ResponseError as error:  # it is there: other calls may do, and need no rest
+            self._refused(str(error))
+            raise StoreUnavailable("Redis refuses to do this at present.") from error
         except (RedisError, OSError, TimeoutError) as error:
             self._rests_until = time.monotonic() + REST_SECONDS
             if not self._gone:
@@ -215,6 +221,12 @@ class RedisStore:
             logger.warning("Redis is back")
         self._gone = False
         return answer
+
+    def _refused(self, reason: str) -> None:
+        what, _, _ = reason.partition(" script:")
+        if time.monotonic() >= self._silent_until.get(what, 0.0):
+            logger.error("Redis refuses: %s", what)
+            self._silent_until[what] = time.monotonic() + REPEAT_SECONDS
 
     def _key(self, *parts: str) -> str:
         return ":".join((self._prefix, *parts))

@@ -1,0 +1,77 @@
+"""The chunks of a streamed answer as the whole answer that they make up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Folding"]
+
+TEXTS = ("content", "refusal", "reasoning_content")
+COMMON = ("id", "created", "model", "system_fingerprint", "polymath")
+
+
+class Folding:
+    """Takes in `chat.completion.chunk` objects one by one.
+
+    Attributes:
+        pieces: chunks that had a piece of an answer.
+    """
+
+    def __init__(self) -> None:
+        self.pieces = 0
+        self._common: dict[str, Any] = {}
+        self._choices: dict[int, dict[str, Any]] = {}
+        self._usage: Any = None
+        self._faithful = True
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        """Take in the next chunk."""
+        for name in COMMON:
+            if name in chunk:
+                self._common.setdefault(name, chunk[name])
+        self._usage = chunk.get("usage") or self._usage
+        for choice in chunk.get("choices") or ():
+            self.pieces += any((choice.get("delta") or {}).get(name) for name in TEXTS)
+            self._add_choice(choice)
+
+    def whole(self) -> dict[str, Any] | None:
+        """The `chat.completion` object; None if there was something that cannot be put together."""
+        if not self._faithful or not self._choices:
+            return None
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        return {
+            **self._common,
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": self._usage,
+        }
+
+    def _add_choice(self, piece: Mapping[str, Any]) -> None:
+        index = piece.get("index", 0)
+        choice = self._choices.setdefault(
+            index,
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": None, "refusal": None},
+                "logprobs": None,
+                "finish_reason": None,
+            },
+        )
+        choice["finish_reason"] = piece.get("finish_reason") or choice["finish_reason"]
+        for name, value in (piece.get("delta") or {}).items():
+            self._add_delta(choice["message"], name, value)
+        if (scored := piece.get("logprobs")) is not None:
+            content = (choice["logprobs"] or {"content": []})["content"]
+            choice["logprobs"] = {
+                "content": [*content, *(scored.get("content") or ())],
+                "refusal": None,
+            }
+
+    def _add_delta(self, message: dict[str, Any], name: str, value: Any) -> None:
+        if value is None or name == "role":
+            return
+        if name in TEXTS and isinstance(value, str):
+            message[name] = (message.get(name) or "") + value
+        else:
+            self._faithful = False

@@ -1,0 +1,122 @@
+"""What is remembered of late: decisions, changes that somebody made, feedback of clients."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Any
+
+import orjson
+
+from polymath.errors import StoreUnavailable
+from polymath.gateway.report import Report
+from polymath.gateway.store import Store
+
+__all__ = ["AuditLog", "DecisionLog", "FeedbackLog"]
+
+logger = logging.getLogger(__name__)
+
+MOST_BATCHES = 2000
+MOST_WAITING = 10_000
+MOST_CHANGES = 10_000
+MOST_FEEDBACK = 1_000_000
+
+
+class DecisionLog:
+    """Reports of requests, sent to the store in batches so that they cost requests nothing.
+
+    Args:
+        prompts: whether prompts are kept of keys that do not allow it, too.
+    """
+
+    def __init__(self, store: Store, prompts: bool) -> None:
+        self._store = store
+        self._prompts = prompts
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=MOST_WAITING)
+
+    def observe(self, report: Report) -> None:
+        """Take down a request that is over."""
+        entry = report.to_dict()
+        if self._prompts or report.keeps_prompt:
+            entry["messages"] = report.prompt
+        self._waiting.append(entry)
+
+    async def flush(self) -> None:
+        """Send what waits; what cannot be sent waits on, the oldest going first."""
+        batch = list(self._waiting)
+        if not batch:
+            return
+        self._waiting.clear()
+        try:
+            await self._store.append("decisions", orjson.dumps(batch), MOST_BATCHES)
+        except StoreUnavailable as error:
+            logger.debug("decisions wait: %s", error.message)
+            self._waiting.extendleft(reversed(batch))
+
+    async def recent(self, most: int) -> list[dict[str, Any]]:
+        """The last decisions, the newest first."""
+        await self.flush()
+        found: list[dict[str, Any]] = []
+        for batch in await self._store.recent("decisions", MOST_BATCHES):
+            found += reversed(orjson.loads(batch))
+            if len(found) >= most:
+                break
+        return found[:most]
+
+    async def find(self, completion: str) -> dict[str, Any] | None:
+        """The decision of a completion, if it is remembered."""
+        await self.flush()
+        for batch in await self._store.recent("decisions", MOST_BATCHES):
+            if completion.encode() in batch:
+                found = [entry for entry in orjson.loads(batch) if entry["id"] == completion]
+                if found:
+                    return dict(found[-1])
+        return None
+
+
+class AuditLog:
+    """Who changed what."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def write(self, actor: str, action: str, target: str = "", **detail: Any) -> None:
+        """Take down a change that was made.
+
+        Raises:
+            StoreUnavailable: it cannot be taken down.
+        """
+        entry = {
+            "time": round(time.time(), 3),
+            "actor": actor,
+            "action": action,
+            "target": target,
+            "detail": detail,
+        }
+        logger.info("%s: %s %s", actor, action, target)
+        await self._store.append("audit", orjson.dumps(entry), MOST_CHANGES)
+
+    async def recent(self, most: int) -> list[dict[str, Any]]:
+        """The last changes, the newest first."""
+        return [orjson.loads(entry) for entry in await self._store.recent("audit", most)]
+
+
+class FeedbackLog:
+    """What clients think of answers."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def write(self, entry: dict[str, Any]) -> None:
+        """Keep a piece of feedback.
+
+        Raises:
+            StoreUnavailable: it cannot be kept.
+        """
+        await self._store.append("feedback", orjson.dumps(entry), MOST_FEEDBACK)
+
+    async def all(self) -> list[dict[str, Any]]:
+        """Everything that is kept, the oldest first."""
+        entries = await self._store.recent("feedback", MOST_FEEDBACK)
+        return [orjson.loads(entry) for entry in reversed(entries)]
