@@ -6,12 +6,10 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
 
-import orjson
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
@@ -19,10 +17,12 @@ from polymath import __version__
 from polymath.errors import NotReady, PolymathError
 from polymath.gateway.admin import admin_routes
 from polymath.gateway.completion import decision_headers
+from polymath.gateway.completions_api import create_completion
+from polymath.gateway.embeddings_api import create_embeddings
+from polymath.gateway.endpoint import Shared, chat_id, entered, json_response
 from polymath.gateway.failures import handle_failures
 from polymath.gateway.feedback import FeedbackRequest, judged
 from polymath.gateway.gateway import Gateway
-from polymath.gateway.json_logs import REQUEST_ID
 from polymath.gateway.middleware import CLIENT_CLOSED_REQUEST, BodyLimit, Counted, RequestId
 from polymath.gateway.protocol import (
     ChatBody,
@@ -31,10 +31,10 @@ from polymath.gateway.protocol import (
     UnloadAdapterRequest,
 )
 from polymath.gateway.reload import Reloader
+from polymath.gateway.responses_api import create_response
 from polymath.gateway.service import decide
 from polymath.gateway.streaming import EventStream, unless_disconnected
 from polymath.gateway.strict_json import strict_json_route
-from polymath.gateway.visit import Visit
 
 __all__ = ["Gateway", "create_app"]
 
@@ -103,16 +103,11 @@ async def _hung_up(reloader: Reloader) -> None:
         logger.error("the config is as it was: %s", error.message)
 
 
-def _gateway(request: Request) -> Gateway:
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
-Shared = Annotated[Gateway, Depends(_gateway)]
-
-
 def _add_endpoints(app: FastAPI) -> None:
     app.post("/v1/chat/completions", response_model=None)(chat_completions)
+    app.post("/v1/completions", response_model=None)(create_completion)
+    app.post("/v1/responses", response_model=None)(create_response)
+    app.post("/v1/embeddings", response_model=None)(create_embeddings)
     app.post("/v1/route", response_model=None)(route)
     app.post("/v1/feedback", response_model=None)(feedback)
     app.get("/v1/models", response_model=None)(list_models)
@@ -120,15 +115,6 @@ def _add_endpoints(app: FastAPI) -> None:
     app.get("/metrics", response_model=None)(metrics)
     app.get("/healthz", response_model=None)(healthz)
     app.get("/readyz", response_model=None)(readyz)
-
-
-async def entered(gateway: Gateway, asked: Mapping[str, Any], request: Request) -> Visit:
-    """Let a chat request in.
-
-    Raises:
-        PolymathError: it is not let in.
-    """
-    return await gateway.door.enter(gateway.live, asked, request.headers, REQUEST_ID.get())
 
 
 async def chat_completions(body: ChatBody, request: Request, gateway: Shared) -> Response:
@@ -141,7 +127,7 @@ async def chat_completions(body: ChatBody, request: Request, gateway: Shared) ->
     else:
         whole = await unless_disconnected(request.receive, visit.whole())
         if whole is not None:
-            return _json(whole, headers=visit.headers)
+            return json_response(whole, headers=visit.headers)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
@@ -157,29 +143,31 @@ async def route(body: RouteRequest, request: Request, gateway: Shared) -> Respon
         request.headers,
         None if key is None else key.allowed,
     )
-    return _json(decision.to_dict(), headers=decision_headers(decision))
+    return json_response(decision.to_dict(), headers=decision_headers(decision))
 
 
 async def feedback(body: FeedbackRequest, request: Request, gateway: Shared) -> Response:
     """What a client thinks of an answer: the expert that would have been right, or thumbs."""
     key = await gateway.access.authenticate(request.headers.get("authorization"))
-    decision = await gateway.decisions.find(body.id)
+    decision = await gateway.decisions.find(chat_id(body.id))
     entry = judged(body, decision, key, gateway.catalog, time.time())
     await gateway.feedback.write(entry)
-    return _json({"object": "feedback", "id": body.id, "stored_prompt": "messages" in entry})
+    return json_response(
+        {"object": "feedback", "id": body.id, "stored_prompt": "messages" in entry}
+    )
 
 
 async def list_models(request: Request, gateway: Shared) -> Response:
     """Experts, base models and the routed model."""
     key = await gateway.access.authenticate(request.headers.get("authorization"))
     cards = gateway.model_cards(None if key is None else key.allowed)
-    return _json({"object": "list", "data": cards})
+    return json_response({"object": "list", "data": cards})
 
 
 async def retrieve_model(name: str, request: Request, gateway: Shared) -> Response:
     """One model."""
     key = await gateway.access.authenticate(request.headers.get("authorization"))
-    return _json(gateway.model_card(name, None if key is None else key.allowed))
+    return json_response(gateway.model_card(name, None if key is None else key.allowed))
 
 
 async def load_lora_adapter(
@@ -188,7 +176,7 @@ async def load_lora_adapter(
     """Make an adapter folder an expert."""
     await gateway.access.authenticate(request.headers.get("authorization"))
     await asyncio.to_thread(gateway.updates.load, body)
-    return _json({"status": "loaded", "lora_name": body.lora_name})
+    return json_response({"status": "loaded", "lora_name": body.lora_name})
 
 
 async def unload_lora_adapter(
@@ -197,7 +185,7 @@ async def unload_lora_adapter(
     """Forget an adapter that was loaded at run time."""
     await gateway.access.authenticate(request.headers.get("authorization"))
     gateway.updates.unload(body.lora_name)
-    return _json({"status": "unloaded", "lora_name": body.lora_name})
+    return json_response({"status": "unloaded", "lora_name": body.lora_name})
 
 
 async def metrics(gateway: Shared) -> Response:
@@ -207,15 +195,11 @@ async def metrics(gateway: Shared) -> Response:
 
 async def healthz() -> Response:
     """The process is alive."""
-    return _json({"status": "alive"})
+    return json_response({"status": "alive"})
 
 
 async def readyz(gateway: Shared) -> Response:
     """The models are loaded."""
     if gateway.ready:
-        return _json({"status": "ready"})
-    return _json({"status": "loading"}, status=NotReady.status)
-
-
-def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(body), status, headers, "application/json")
+        return json_response({"status": "ready"})
+    return json_response({"status": "loading"}, status=NotReady.status)

@@ -7,7 +7,7 @@ and so do the values in `NEUTRAL`, which ask for nothing.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -116,9 +116,14 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Wire(BaseModel):
-    """A JSON object from a client: exact types, no unknown field, `null` for absent."""
+    """A JSON object from a client: exact types, no unknown field, `null` for absent.
+
+    Attributes:
+        neutral: of each unsupported field, the values that are taken for absent.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
     @model_validator(mode="before")
     @classmethod
@@ -129,7 +134,7 @@ class Wire(BaseModel):
             name: given
             for name, given in value.items()
             if given is not None
-            and not (name not in cls.model_fields and given in NEUTRAL.get(name, ()))
+            and not (name not in cls.model_fields and given in cls.neutral.get(name, ()))
         }
 
 

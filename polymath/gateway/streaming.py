@@ -24,6 +24,8 @@ class EventStream(Response):
     Args:
         events: the objects; a PolymathError among them becomes an error event, the last one. They
             are closed when the stream is over, however it ends.
+        named: every event says its `type` on a line of its own, and no `[DONE]` ends the stream: as
+            in the responses API.
     """
 
     media_type = "text/event-stream"
@@ -32,10 +34,12 @@ class EventStream(Response):
         self,
         events: Events,
         headers: Mapping[str, str],
+        named: bool = False,
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **headers})
         del self.headers["content-length"]
         self._events = events
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -53,10 +57,12 @@ class EventStream(Response):
     async def _encoded(self) -> AsyncIterator[bytes]:
         try:
             async for event in self._events:
-                yield b"data: " + orjson.dumps(event) + b"\n\n"
+                name = f"event: {event['type']}\n".encode() if self._named else b""
+                yield name + b"data: " + orjson.dumps(event) + b"\n\n"
         except PolymathError as error:
             yield b"data: " + orjson.dumps(error.body()) + b"\n\n"
-        yield DONE
+        if not self._named:
+            yield DONE
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
