@@ -5,7 +5,7 @@ import sys
 import typer
 
 from polymath import __version__
-from polymath.cli import ask, configuration, evaluate, serve, train
+from polymath.cli import ask, configuration, evaluate, feedback, keys, serve, train
 from polymath.errors import ConfigError, PolymathError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,8 @@ app.command()(configuration.schema)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(configuration.experts_app, name="experts")
+app.add_typer(keys.app, name="keys")
+app.add_typer(feedback.app, name="feedback")
 
 
 @app.callback(invoke_without_command=True)

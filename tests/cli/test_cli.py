@@ -193,7 +193,13 @@ def test_a_command_that_is_used_wrongly_ends_with_2(args: list[str]) -> None:
 
 def test_the_schema_describes_the_sections() -> None:
     schema = json.loads(output("schema"))
-    assert list(schema["properties"]) == ["server", "base_models", "experts", "router", "engine"]
+    assert list(schema["properties"])[:5] == [
+        "server",
+        "base_models",
+        "experts",
+        "router",
+        "engine",
+    ]
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 

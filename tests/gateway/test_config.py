@@ -119,8 +119,8 @@ def test_the_whole_error_line_is_file_line_key_message(tmp_path: Path) -> None:
             "port:",
             "zzz:",
             "2: server.zzz: unknown key; "
-            "valid here: allow_runtime_lora_updating, host, log_level, max_body_bytes, port, "
-            "shutdown_grace",
+            "valid here: admin_key, allow_runtime_lora_updating, cors_origins, host, log_format, "
+            "log_level, log_prompts, max_body_bytes, port, shutdown_grace, watch_config, workers",
         ),
         (
             "    model: package:tiny",
@@ -309,7 +309,7 @@ def test_an_empty_file_lacks_the_required_sections(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "hello\n", "3\n", "---\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (problem,) = problems(tmp_path, text)
-    assert problem.startswith("1: must hold keys: base_models, engine, experts, router, server")
+    assert problem.startswith("1: must hold keys: auth, base_models, cache, engine, experts")
 
 
 def test_a_config_needs_an_expert(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from polymath.experts import Engine, EngineSettings, Posterior
 from polymath.gateway import Answer, ChatRequest, ChatService
 from polymath.gateway.app import Gateway
-from polymath.router import Combine, Message, RouteDecision
+from polymath.router import Allowed, Combine, Message, RouteDecision
 
 QUESTION = "Tom has 3 apples and buys 5 more. How many has he now?"
 HALVES = {"general": 0.5, "math": 0.5}
@@ -24,7 +24,10 @@ class DecidedRouter:
         self._decision = RouteDecision(weights, 0.5, None, "encoder", combine=combine)
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         self.headers = headers
         return self._decision
@@ -58,7 +61,7 @@ def answered(
 ) -> tuple[Answer, str]:
     async def ask() -> tuple[Answer, str]:
         chats = service(gateway, engine, DecidedRouter(weights, combine))
-        decision = chats.decide(request(model).model_dump(), {})
+        decision = await chats.decide(request(model).model_dump(), {})
         answer = await chats.local.start(request(model), decision)
         return answer, await text_of(answer)
 
@@ -106,5 +109,7 @@ def test_one_that_combines_others_and_leads_answers_by_itself(
 
 def test_the_router_sees_the_headers_of_the_request(gateway: Gateway, engine: Engine) -> None:
     router = DecidedRouter(HALVES, "select")
-    service(gateway, engine, router).decide(request().model_dump(), {"x-team": "clinic"})
+    asyncio.run(
+        service(gateway, engine, router).decide(request().model_dump(), {"x-team": "clinic"})
+    )
     assert router.headers == {"x-team": "clinic"}

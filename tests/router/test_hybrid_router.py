@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polymath.router import HybridRouter, Message, Neighbour, RouteDecision, Why
+from polymath.router import Allowed, HybridRouter, Message, Neighbour, RouteDecision, Why
 
 WORDS = RouteDecision(
     weights={"lawyer": 0.75, "base": 0.25},
@@ -47,7 +47,10 @@ class DecidedRouter:
         self._decision = decision
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         self.asked.append((messages, headers))
         return self._decision

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polymath.router import Message, RouteDecision, Rule, RuledRouter, RuleSettings
+from polymath.router import Allowed, Message, RouteDecision, Rule, RuledRouter, RuleSettings
 
 DECISION = RouteDecision({"base": 0.5, "expert": 0.5}, 0.9, "cluster-1", "gradient")
 OWNERS = {"coding": "technician", "law": "lawyer", "math": "technician"}
@@ -25,7 +25,10 @@ class DecidedRouter:
         self.asked: list[tuple[Sequence[Message], Mapping[str, str] | None]] = []
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         self.asked.append((messages, headers))
         return DECISION

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from polymath.router import Message, RouteDecision, Source
+from polymath.router import Allowed, Message, RouteDecision, Source
 from polymath.training import (
     ConversationRow,
     PromptRow,
@@ -40,7 +40,10 @@ class FakeRouter:
         self.asked: list[Sequence[Message]] = []
 
     def route(
-        self, messages: Sequence[Message], headers: Mapping[str, str] | None = None
+        self,
+        messages: Sequence[Message],
+        headers: Mapping[str, str] | None = None,
+        allowed: Allowed = None,
     ) -> RouteDecision:
         self.asked.append(list(messages))
         return self.decisions[messages[-1]["content"]]
