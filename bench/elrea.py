@@ -46,6 +46,7 @@ from polymath.router import (
 )
 from polymath.training import (
     IGNORED,
+    Algorithm,
     ChatRow,
     ClusterRecipe,
     ClusterTraining,
@@ -131,6 +132,12 @@ class Bench:
             "ELREA, top 1 without ensemble": lambda rows: self._elrea(rows, 1, 0.0),
             f"ELREA, base and top {TOP_K}": self._elrea,
             f"ELREA, top {TOP_K} without base": lambda rows: self._elrea(rows, TOP_K, *OURS),
+            f"ELREA by K-means, base and top {TOP_K}": lambda rows: self._elrea(
+                rows, algorithm="kmeans"
+            ),
+            f"ELREA by K-means, top {TOP_K} without base": lambda rows: self._elrea(
+                rows, TOP_K, *OURS, "kmeans"
+            ),
         }
 
     def measure(self, name: str) -> dict[str, float]:
@@ -291,15 +298,19 @@ class Bench:
         top_k: int = TOP_K,
         base_weight: float = BASE_WEIGHT,
         temperature: float = TEMPERATURE,
+        algorithm: Algorithm = "birch",
     ) -> tuple[dict[str, Path], Weights]:
-        adapters, centroids = self.elrea_experts()
+        adapters, centroids = self.elrea_experts(algorithm)
         shares = cluster_weights(self.features(rows, "asked.f16"), centroids, temperature)
         return adapters, chosen(shares, top_k, base_weight)
 
-    def elrea_experts(self) -> tuple[dict[str, Path], NDArray[np.float32]]:
+    def elrea_experts(
+        self, algorithm: Algorithm = "birch"
+    ) -> tuple[dict[str, Path], NDArray[np.float32]]:
         """The adapters of the clusters of gradients and of their base, and the centroids."""
-        members = cluster(self._gradients, CLUSTERS, "birch", self._seed)
-        return self._experts("elrea", members), centroids_of(self._gradients, members)
+        members = cluster(self._gradients, CLUSTERS, algorithm, self._seed)
+        name = "elrea" if algorithm == "birch" else f"elrea-{algorithm}"
+        return self._experts(name, members), centroids_of(self._gradients, members)
 
     def _experts(self, name: str, members: NDArray[np.int64]) -> dict[str, Path]:
         _ = self._gradients  # the base adapter

@@ -9,7 +9,7 @@ from polymath.training.cascade_evaluation import (
 )
 from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
 from polymath.training.cluster_training import ClusterTraining
-from polymath.training.clustering import centroids_of, cluster
+from polymath.training.clustering import Algorithm, centroids_of, cluster
 from polymath.training.combiner_training import Scorer, train_combiner
 from polymath.training.data import (
     OUT_OF_SCOPE,
@@ -46,6 +46,7 @@ from polymath.training.router_training import RouterRecipe, train_router
 from polymath.training.source_folds import SourceFold, source_folds
 
 __all__ = [
+    "Algorithm",
     "IGNORED",
     "InstructionGradients",
     "find_centres",
