@@ -43,6 +43,8 @@ def create(
     config: ConfigOption = DEFAULT_CONFIG,
 ) -> None:
     """Make a key; it is shown this once, only a hash of it is kept."""
+    from pydantic import ValidationError
+
     from polymath.errors import DataError
     from polymath.gateway import AuditLog, KeyRing, Settings, Store, read_budget
 
@@ -63,8 +65,10 @@ def create(
             raise DataError(f"--experts: no expert {unknown[0]!r}; there are {', '.join(known)}")
         try:
             key, record = await KeyRing(store).create(name, **rights)
-        except ValueError as error:
-            raise DataError(f"the key cannot be made: {error}") from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            raise DataError(f"--{place}: {problem['msg']}") from error
         await AuditLog(store).write(ACTOR, "create key", record.id, name=name)
         return key
 
