@@ -6,7 +6,15 @@ from polymath.proxy.circuit_breaker import BreakerState, CircuitBreaker
 from polymath.proxy.draft_length import DraftLength
 from polymath.proxy.guidance import Guided
 from polymath.proxy.judges import Confidence, Reference, read_references
-from polymath.proxy.messages import FirstNoted, answer_text, events_of, noted, notes_of, text_of
+from polymath.proxy.messages import (
+    FirstNoted,
+    answer_text,
+    events_of,
+    noted,
+    notes_of,
+    text_of,
+    wants_usage,
+)
 from polymath.proxy.relay import Relay
 from polymath.proxy.remote_scores import RemoteScores, Scored
 from polymath.proxy.steering import SteeredAnswer
@@ -38,4 +46,5 @@ __all__ = [
     "notes_of",
     "read_references",
     "text_of",
+    "wants_usage",
 ]

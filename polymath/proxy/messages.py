@@ -15,6 +15,7 @@ __all__ = [
     "noted",
     "notes_of",
     "text_of",
+    "wants_usage",
     "with_system_text",
 ]
 
@@ -40,6 +41,12 @@ def answer_text(reply: Mapping[str, Any]) -> str:
     """The text of the first choice of a whole answer."""
     choices = reply.get("choices") or [{}]
     return text_of(choices[0].get("message", {}).get("content"))
+
+
+def wants_usage(body: Body) -> bool:
+    """Whether the stream shall end with what was used."""
+    options = body.get("stream_options")
+    return isinstance(options, Mapping) and bool(options.get("include_usage"))
 
 
 def with_system_text(body: Body, text: str) -> Body:
@@ -96,7 +103,7 @@ async def events_of(reply: Mapping[str, Any], body: Body) -> AsyncGenerator[dict
         yield {**common, "choices": [{**delta, "finish_reason": None}]}
         end = {"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")}
         yield {**common, "choices": [{**end, "logprobs": None}]}
-    if (body.get("stream_options") or {}).get("include_usage"):
+    if wants_usage(body):
         yield {**common, "choices": [], "usage": reply.get("usage")}
 
 
