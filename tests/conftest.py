@@ -19,6 +19,7 @@ from hypothesis import settings
 from polymath.experts import Engine, ExpertSettings
 from polymath.gateway import Prepared, load_config, prepare
 from polymath.gateway.app import Gateway, create_app
+from polymath.gateway.http_protocol import limited_protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CONFIG = ROOT / "configs" / "polymath.yaml"
@@ -86,7 +87,8 @@ def base_url(gateway: Gateway) -> Iterator[str]:
 @contextmanager
 def serving(gateway: Gateway) -> Iterator[str]:
     """A real HTTP server of a gateway, from when it is ready to answer."""
-    config = uvicorn.Config(create_app(gateway), port=0, log_level="warning")
+    protocol = limited_protocol(gateway.settings.limits)
+    config = uvicorn.Config(create_app(gateway), port=0, http=protocol, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -116,6 +118,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def foreign_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model like `tiny_model` whose token ids mean other bytes."""
     return write_tiny_model(tmp_path_factory.mktemp("foreign"), backwards=True)
+
+
+@pytest.fixture(scope="session")
+def text_router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small router that knows three texts, as law, coding and math."""
+    from tests.gateway.test_gradient_routing import write_text_router
+    from tests.router.conftest import write_tiny_bert
+
+    folder = tmp_path_factory.mktemp("text-router") / "router"
+    bert = write_tiny_bert(tmp_path_factory.mktemp("router-bert"))
+    write_text_router(bert, folder, ("law", "coding", "math"))
+    return folder
 
 
 def write_tiny_model(folder: Path, backwards: bool = False) -> Path:

@@ -15,7 +15,7 @@ from polymath.gateway.keys import KeyRecord, KeyRing, incorrect, now_utc, read_r
 from polymath.gateway.store import Admission, Limits, Settlement, Store, Verdict
 from polymath.gateway.store.protocol import KEYS, LEASE_SECONDS
 
-__all__ = ["Access", "Auth", "OnFailure", "Ticket", "Used"]
+__all__ = ["ANYBODY", "Access", "Auth", "OnFailure", "Ticket", "Used"]
 
 logger = logging.getLogger(__name__)
 

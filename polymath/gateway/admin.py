@@ -206,6 +206,9 @@ async def list_keys(gateway: Shared) -> Response:
 
 async def create_key(body: NewKey, gateway: Shared) -> Response:
     """A new key, which is shown this once."""
+    unknown = [name for name in body.experts or () if name not in gateway.catalog]
+    if unknown:
+        raise InvalidRequest(f"There is no expert {unknown[0]!r}.", param="experts")
     key, record = await KeyRing(gateway.store).create(**body.model_dump(exclude_none=True))
     await gateway.audit.write(ACTOR, "create key", record.id, name=record.name)
     return _json({"key": key, **record.about()})

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.errors import StoreUnavailable
 from polymath.gateway.store import Store
-from polymath.proxy import Body, Events, answer_text, events_of, text_of
+from polymath.proxy import Body, Events, answer_text, events_of, notes_of, text_of
 from polymath.router import RouteDecision
 
 if TYPE_CHECKING:
@@ -39,9 +39,13 @@ ANSWERS, NEARBY = "answers", "nearby"
 MOST_NEARBY = 128
 """Requests of a bucket that a new one is compared with."""
 DIGEST_BYTES = 32
+OWN = frozenset({"metadata"})
+"""Fields of an answer that belong to one request."""
 IRRELEVANT = frozenset({"model", "stream", "stream_options", "user", "metadata", "timeout"})
 """Fields that do not change an answer; the model is in the decision."""
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"([-+\u2212*/\u00d7\u00f7^<>=%]?)\s*(\d+(?:[.,]\d+)*)")
+"""With what stands before it: 2 - 3 is not 2 + 3."""
+NOT_READ = frozenset({"no-cache", "max-age=0"})
 
 
 class CacheSettings(BaseModel):
@@ -132,7 +136,7 @@ class AnswerCache:
         }
         bucket = _digest({**known, "last": {**last, "content": NUMBER.findall(text)}})
         digest = _digest({**known, "last": last})
-        return CacheQuery(digest, bucket, text, reads="no-cache" not in wishes)
+        return CacheQuery(digest, bucket, text, reads=not wishes & NOT_READ)
 
     async def find(self, query: CacheQuery) -> tuple[dict[str, Any], CacheStatus] | None:
         """An answer that was kept, and how it was found."""
@@ -149,8 +153,8 @@ class AnswerCache:
         return None
 
     async def keep(self, query: CacheQuery, reply: Mapping[str, Any]) -> None:
-        """Keep an answer, unless it is too long or was cut off."""
-        data = orjson.dumps(reply)
+        """Keep an answer, unless it is too long, was cut off, or is that of a fallback."""
+        data = orjson.dumps({name: value for name, value in reply.items() if name not in OWN})
         settings = self._settings
         if len(data) > settings.max_answer_bytes or not _complete(reply):
             return
@@ -200,7 +204,8 @@ class Replay:
         }
 
     async def whole(self, body: Body) -> dict[str, Any]:
-        return self._reply
+        own = body.get("metadata")
+        return self._reply if own is None else {**self._reply, "metadata": own}
 
     async def stream(self, body: Body) -> Events:
         return events_of(self._reply, body)
@@ -212,6 +217,8 @@ def _repeatable(body: Body) -> bool:
 
 
 def _complete(reply: Mapping[str, Any]) -> bool:
+    if "fallback" in notes_of(reply):
+        return False
     finished = all(c.get("finish_reason") not in (None, "error") for c in reply["choices"])
     return finished and bool(answer_text(reply) or reply["choices"][0]["message"].get("tool_calls"))
 

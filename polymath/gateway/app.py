@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from polymath import __version__
 from polymath.errors import NotReady, PolymathError
+from polymath.gateway.access import ANYBODY
 from polymath.gateway.admin import admin_routes
 from polymath.gateway.completion import decision_headers
 from polymath.gateway.completions_api import create_completion
@@ -39,6 +40,18 @@ from polymath.gateway.strict_json import strict_json_route
 __all__ = ["Gateway", "create_app"]
 
 logger = logging.getLogger(__name__)
+
+EXPOSED = [
+    "retry-after",
+    "x-request-id",
+    *(f"x-polymath-{name}" for name in ("expert", "domain", "confidence", "source", "cache")),
+    *(
+        f"x-ratelimit-{what}-{name}"
+        for what in ("limit", "remaining", "reset")
+        for name in ("requests", "tokens")
+    ),
+]
+"""Headers that web pages of other origins may read."""
 
 
 def create_app(gateway: Gateway) -> FastAPI:
@@ -69,8 +82,8 @@ def create_app(gateway: Gateway) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(settings.server.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "cache-control"],
-            expose_headers=["x-request-id", "x-polymath-expert", "x-polymath-domain"],
+            allow_headers=["*"],  # OpenAI's own client sends a dozen
+            expose_headers=EXPOSED,
         )
     app.add_middleware(RequestId)
     app.add_middleware(Counted, tell=gateway.metrics.observe_http)
@@ -86,13 +99,13 @@ def create_app(gateway: Gateway) -> FastAPI:
 
 async def _run(gateway: Gateway, reloader: Reloader) -> None:
     """Load the models, then reload when that is asked for."""
+    with suppress(ValueError, RuntimeError, NotImplementedError):  # outside of the main thread
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(_hung_up(reloader)))
     await gateway.load()
     if not gateway.ready:
         return
     await reloader.start()
-    with suppress(ValueError, RuntimeError, NotImplementedError):  # outside of the main thread
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(_hung_up(reloader)))
     await reloader.watch()
 
 
@@ -149,8 +162,10 @@ async def route(body: RouteRequest, request: Request, gateway: Shared) -> Respon
 async def feedback(body: FeedbackRequest, request: Request, gateway: Shared) -> Response:
     """What a client thinks of an answer: the expert that would have been right, or thumbs."""
     key = await gateway.access.authenticate(request.headers.get("authorization"))
-    decision = await gateway.decisions.find(chat_id(body.id))
-    entry = judged(body, decision, key, gateway.catalog, time.time())
+    owner = ANYBODY if key is None else key.id
+    decision = await gateway.decisions.find(chat_id(body.id), owner)
+    keeps_prompt = key is None or key.keep_prompts
+    entry = judged(body, decision, owner, keeps_prompt, gateway.catalog, time.time())
     await gateway.feedback.write(entry)
     return json_response(
         {"object": "feedback", "id": body.id, "stored_prompt": "messages" in entry}

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from polymath.errors import InvalidRequest, NotFound
-from polymath.gateway.keys import KeyRecord
 from polymath.gateway.protocol import Wire
 from polymath.proxy import text_of
 
@@ -36,21 +35,23 @@ class FeedbackRequest(Wire):
 def judged(
     said: FeedbackRequest,
     decision: Mapping[str, Any] | None,
-    key: KeyRecord | None,
+    owner: str,
+    keeps_prompt: bool,
     experts: Collection[str],
     now: float,
 ) -> dict[str, Any]:
     """What is kept of a piece of feedback.
 
     Args:
-        decision: on the completion, with its prompt if that may be kept.
+        decision: on the completion.
+        owner: who says it.
+        keeps_prompt: whether the prompt may be kept with it.
         now: seconds since 1970.
     Raises:
-        NotFound: the completion is not remembered, or another key's.
+        NotFound: the completion is not remembered.
         InvalidRequest: nobody is called as the expert.
     """
-    owner = "anybody" if key is None else key.id
-    if decision is None or decision["key"] != owner:
+    if decision is None:
         raise NotFound(f"The completion {said.id!r} is not remembered.", param="id")
     if said.expert is not None and said.expert not in experts:
         raise InvalidRequest(f"There is no expert {said.expert!r}.", param="expert")
@@ -62,7 +63,7 @@ def judged(
         "domain": decision["domain"],
         "right": said.expert or (decision["expert"] if said.thumbs == "up" else None),
     }
-    if "messages" in decision:
+    if keeps_prompt and "messages" in decision:
         entry["messages"] = decision["messages"]
     return entry
 

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ["Folding"]
 
 TEXTS = ("content", "refusal", "reasoning_content")
+CHOICE = frozenset({"index", "delta", "logprobs", "finish_reason"})
 COMMON = ("id", "created", "model", "system_fingerprint", "polymath")
 
 
@@ -16,23 +17,25 @@ class Folding:
 
     Attributes:
         pieces: chunks that had a piece of an answer.
+        known: what is common to all chunks, and the usage as far as it was told.
     """
 
     def __init__(self) -> None:
         self.pieces = 0
-        self._common: dict[str, Any] = {}
+        self.known: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
-        self._usage: Any = None
         self._faithful = True
 
     def add(self, chunk: Mapping[str, Any]) -> None:
         """Take in the next chunk."""
         for name in COMMON:
             if name in chunk:
-                self._common.setdefault(name, chunk[name])
-        self._usage = chunk.get("usage") or self._usage
+                self.known.setdefault(name, chunk[name])
+        if isinstance(chunk.get("usage"), dict):
+            self.known["usage"] = chunk["usage"]
         for choice in chunk.get("choices") or ():
-            self.pieces += any((choice.get("delta") or {}).get(name) for name in TEXTS)
+            delta = choice.get("delta") or {}
+            self.pieces += any(value for name, value in delta.items() if name != "role")
             self._add_choice(choice)
 
     def whole(self) -> dict[str, Any] | None:
@@ -40,12 +43,7 @@ class Folding:
         if not self._faithful or not self._choices:
             return None
         choices = [self._choices[index] for index in sorted(self._choices)]
-        return {
-            **self._common,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": self._usage,
-        }
+        return {**self.known, "object": "chat.completion", "choices": choices}
 
     def _add_choice(self, piece: Mapping[str, Any]) -> None:
         index = piece.get("index", 0)
@@ -58,6 +56,8 @@ class Folding:
                 "finish_reason": None,
             },
         )
+        if any(value for name, value in piece.items() if name not in CHOICE):
+            self._faithful = False
         choice["finish_reason"] = piece.get("finish_reason") or choice["finish_reason"]
         for name, value in (piece.get("delta") or {}).items():
             self._add_delta(choice["message"], name, value)

@@ -50,18 +50,19 @@ class Gateway:
         self.started = int(time.time())
         self.failure: Exception | None = None
         self.added: dict[str, ExpertSettings] = {}
+        self._live: Live | None = None
         settings = prepared.settings
         self.store = open_store(settings)
         self.access = Access(self.store, settings.auth, settings.store_failure)
         self.overlay = Overlay(self.store)
         self.audit = AuditLog(self.store)
         self.feedback = FeedbackLog(self.store)
-        self.decisions = DecisionLog(self.store, settings.server.log_prompts)
-        self.tracing = _tracing(settings)
+        self.decisions = DecisionLog(self.store, self._logs_prompts)
+        self.tracing = self._tracing()
         self.metrics = Metrics(Now(self._stats, self._upstreams, lambda: self.door.inside))
         self.door = Door(self.access, self._observers())
         self._on_failure = on_failure
-        self._live: Live | None = None
+        self._generations: list[Live] = []
         self._retiring: set[asyncio.Task[None]] = set()
         self._flushing: asyncio.Task[None] | None = None
 
@@ -122,6 +123,7 @@ class Gateway:
         """Load the models; the server answers probes meanwhile."""
         try:
             live = await asyncio.to_thread(open_live, self.prepared, self.store)
+            self._generations.append(live)
             await live.service.check_upstreams()
             self._live = live
         except Exception as error:  # ends the server: `serve` prints it and exits non-zero
@@ -132,14 +134,28 @@ class Gateway:
         self._flushing = asyncio.create_task(self._flush())
         logger.info("ready: %s", ", ".join(self.catalog))
 
-    def swap(self, live: Live) -> None:
-        """Answer with another generation; the old one ends with its last request."""
+    async def swap(self, live: Live) -> None:
+        """Answer with another generation; the old one ends with its last request.
+
+        Raises:
+            AdapterError: an adapter cannot be used; the old generation goes on.
+        """
+        self._generations.append(live)  # from here on nobody takes its adapters away
+        try:
+            await asyncio.to_thread(live.take_over, self._live)
+        except BaseException:
+            self._generations.remove(live)
+            raise
         old, self._live = self._live, live
         self.prepared = live.prepared
         if old is not None:
-            task = asyncio.create_task(old.retire(live))
+            task = asyncio.create_task(self._retire(old))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
+
+    async def discard(self, live: Live) -> None:
+        """Let go of a generation that never answered."""
+        await live.let_go(self._generations)
 
     async def close(self) -> None:
         """Settle what is open, close the connections and end the engine."""
@@ -184,6 +200,18 @@ class Gateway:
             "polymath": about,
         }
 
+    async def _retire(self, old: Live) -> None:
+        await old.drained()
+        self._generations.remove(old)
+        await old.let_go(self._generations)
+
+    def _tracing(self) -> Tracing | None:
+        settings = self.settings.tracing
+        return None if settings.endpoint is None else Tracing(settings, self._logs_prompts)
+
+    def _logs_prompts(self) -> bool:
+        return self.settings.server.log_prompts
+
     def _observers(self) -> list[Observer]:
         observers: list[Observer] = [
             self.metrics.observe,
@@ -194,7 +222,7 @@ class Gateway:
 
     def _log(self, report: Report) -> None:
         fields = report.to_dict()
-        if self.settings.server.log_prompts:
+        if self._logs_prompts():
             fields["messages"] = report.prompt
         requests.info(
             "%s answered (%s, confidence %.2f): %s in %.3f s",
@@ -231,12 +259,6 @@ def open_store(settings: Settings) -> Store:
     if settings.store == "memory":
         return MemoryStore(settings.state_dir)
     return RedisStore(settings.store)
-
-
-def _tracing(settings: Settings) -> Tracing | None:
-    if settings.tracing.endpoint is None:
-        return None
-    return Tracing(settings.tracing, settings.server.log_prompts)
 
 
 def _about(expert: Expert) -> dict[str, Any]:

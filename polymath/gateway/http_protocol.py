@@ -13,6 +13,10 @@ from polymath.gateway.request_limits import RequestLimits
 
 __all__ = ["limited_protocol"]
 
+END = b"\r\n\r\n"
+"""Of the headers."""
+TAIL = len(END) - 1
+
 
 def limited_protocol(limits: RequestLimits) -> type[asyncio.Protocol]:
     """A protocol that ends connections whose headers are too large or too slow."""
@@ -22,8 +26,8 @@ def limited_protocol(limits: RequestLimits) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._header_bytes = 0
             self._timer: asyncio.TimerHandle | None = None
+            self._tail = b""
             self._wait_for_headers()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -33,7 +37,9 @@ def limited_protocol(limits: RequestLimits) -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             if self._timer is not None:
                 self._header_bytes += len(data)
-                if self._header_bytes > limits.max_header_bytes + _first_body_bytes(data):
+                body = _first_body_bytes(self._tail + data)
+                self._tail = data[-TAIL:]
+                if self._header_bytes > limits.max_header_bytes + body:
                     self._refuse()
                     return
             super().data_received(data)
@@ -49,6 +55,7 @@ def limited_protocol(limits: RequestLimits) -> type[asyncio.Protocol]:
 
         def _wait_for_headers(self) -> None:
             self._header_bytes = 0
+            self._tail = b""
             self._timer = self.loop.call_later(limits.receive_timeout, self._close)
 
         def _stop_waiting(self) -> None:
@@ -78,5 +85,5 @@ def limited_protocol(limits: RequestLimits) -> type[asyncio.Protocol]:
 
 def _first_body_bytes(data: bytes) -> int:
     """Bytes of a piece that stand behind the end of the headers."""
-    end = data.find(b"\r\n\r\n")
+    end = data.find(END)
     return 0 if end < 0 else len(data) - end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -35,7 +36,10 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         fields = getattr(record, "fields", {})
-        return orjson.dumps({**values, **fields}, default=str).decode()
+        try:
+            return orjson.dumps({**values, **fields}, default=str).decode()
+        except TypeError:  # a half character, or a number beyond 64 bits
+            return json.dumps({**values, **fields}, default=str)
 
 
 def set_up_logging(level: str, form: Literal["text", "json"]) -> None:

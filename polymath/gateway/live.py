@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Live", "open_live"]
 
 logger = logging.getLogger(__name__)
+
+KNOWN_FILES = 1000
+"""Whose digests are remembered."""
 
 Signature = tuple[tuple[str, int, int], ...]
 
@@ -79,20 +83,32 @@ class Live:
         """Wait until no request uses this generation."""
         await self._empty.wait()
 
-    async def retire(self, successor: Live) -> None:
-        """Let go of what the next generation does not use, when the last request is over."""
-        await self.drained()
-        for name, upstream in self.service.upstreams.items():
-            if successor.service.upstreams.get(name) is not upstream:
+    def take_over(self, previous: Live | None) -> None:
+        """Exchange the adapters of an engine that the previous generation uses, too; those that are
+        gone stay until nobody uses them.
+
+        Raises:
+            AdapterError: one cannot be used; nothing has changed.
+        """
+        if previous is not None and self.engine is not None and self.engine is previous.engine:
+            _exchange(self.engine, previous.adapters, self.adapters, self.settings.experts)
+
+    async def let_go(self, others: Collection[Live]) -> None:
+        """Close what none of the other generations uses; no request may use this one any more."""
+        kept = [upstream for other in others for upstream in other.service.upstreams.values()]
+        for upstream in self.service.upstreams.values():
+            if not any(upstream is one for one in kept):
                 await upstream.close()
         if self.engine is None:
             return
-        if self.engine is not successor.engine:
+        sharing = [other for other in others if other.engine is self.engine]
+        if not sharing:
             await asyncio.to_thread(self.engine.close)
             return
         for base_model, name in self.adapters:
             bank = self.engine.models[base_model].adapters
-            if (base_model, name) not in successor.adapters and name in bank.names:
+            used = any((base_model, name) in other.adapters for other in sharing)
+            if not used and name in bank.names:
                 bank.remove(name)
 
 
@@ -100,16 +116,14 @@ def open_live(prepared: Prepared, store: Store, previous: Live | None = None) ->
     """Make a config ready to answer; takes seconds if base models are to be loaded.
 
     Args:
-        previous: its engine and connections are used again where nothing about them has changed.
-    Raises:
-        AdapterError: an adapter cannot be used; the previous generation is as it was.
+        previous: its engine and connections are used again where nothing about them has changed;
+            it is left as it is until `take_over`.
     """
     settings = prepared.settings
     catalog = build_catalog(settings.base_models, settings.experts)
     adapters = dict(_adapters(settings.experts))
     if previous is not None and previous.engine is not None and _alike(prepared, previous.prepared):
         engine: Engine | None = previous.engine
-        _exchange(previous.engine, previous.adapters, adapters, settings.experts)
     else:
         engine = open_engine(prepared)
     known = None if previous is None else previous.service.upstreams
@@ -139,7 +153,7 @@ def _exchange(
     new: Mapping[tuple[str, str], Signature],
     experts: Mapping[str, ExpertSettings],
 ) -> None:
-    """Add what is new or changed; what is gone stays until nobody uses it."""
+    """Add what is new or changed."""
     changed = [place for place, signature in new.items() if old.get(place) != signature]
     folders = {place: experts[place[1]].adapter for place in changed}
     for (base_model, _), folder in folders.items():
@@ -168,12 +182,30 @@ def _signature(folder: Path) -> Iterator[tuple[str, int, int]]:
 
 def _fingerprint(prepared: Prepared) -> str:
     """Of everything that answers depend on; two replicas with the same files have the same."""
-    settings = prepared.settings.model_dump_json(
-        include={"base_models", "experts", "router", "engine"}
-    )
+    settings = prepared.settings
+    values = settings.model_dump_json(include={"base_models", "experts", "router", "engine"})
     weights = [
         (name, adapter_sha256(expert.adapter))
-        for name, expert in prepared.settings.experts.items()
+        for name, expert in settings.experts.items()
         if expert.adapter is not None
     ]
-    return hashlib.sha256(f"{settings}{weights}".encode()).hexdigest()
+    folders = [settings.router.path, settings.router.clusters]
+    folders += [expert.combiner for expert in settings.experts.values()]
+    artifacts = [_folder_sha256(folder) for folder in folders if folder is not None]
+    return hashlib.sha256(f"{values}{weights}{artifacts}".encode()).hexdigest()
+
+
+def _folder_sha256(folder: Path) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    contents = [(str(file.relative_to(folder)), _file_sha256(file)) for file in files]
+    return hashlib.sha256(str(contents).encode()).hexdigest()
+
+
+def _file_sha256(file: Path) -> str:
+    found = file.stat()
+    return _sha256(file, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(KNOWN_FILES)
+def _sha256(file: Path, changed: int, size: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -84,8 +84,14 @@ class Metrics:
     """Counts requests, for one process or, by prometheus_client's files, for several."""
 
     def __init__(self, now: Now) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Histogram
+        from prometheus_client import (
+            CollectorRegistry,
+            Counter,
+            Histogram,
+            disable_created_metrics,
+        )
 
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._now = now
         self._registry = registry = CollectorRegistry()
         self._http = Counter(

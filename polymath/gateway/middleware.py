@@ -83,6 +83,9 @@ class Counted:
 
         try:
             await self._app(scope, receive, noted)
+        except Exception:  # whoever called this makes an answer of it
+            status = PolymathError.status
+            raise
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "unmatched")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -30,29 +32,31 @@ class DecisionLog:
         prompts: whether prompts are kept of keys that do not allow it, too.
     """
 
-    def __init__(self, store: Store, prompts: bool) -> None:
+    def __init__(self, store: Store, prompts: Callable[[], bool]) -> None:
         self._store = store
         self._prompts = prompts
+        self._sending = asyncio.Lock()
         self._waiting: deque[dict[str, Any]] = deque(maxlen=MOST_WAITING)
 
     def observe(self, report: Report) -> None:
         """Take down a request that is over."""
         entry = report.to_dict()
-        if self._prompts or report.keeps_prompt:
+        if self._prompts() or report.keeps_prompt:
             entry["messages"] = report.prompt
         self._waiting.append(entry)
 
     async def flush(self) -> None:
         """Send what waits; what cannot be sent waits on, the oldest going first."""
-        batch = list(self._waiting)
-        if not batch:
-            return
-        self._waiting.clear()
-        try:
-            await self._store.append("decisions", orjson.dumps(batch), MOST_BATCHES)
-        except StoreUnavailable as error:
-            logger.debug("decisions wait: %s", error.message)
-            self._waiting.extendleft(reversed(batch))
+        async with self._sending:  # so that whoever waits for it finds what was sent
+            batch = list(self._waiting)
+            if not batch:
+                return
+            self._waiting.clear()
+            try:
+                await self._store.append("decisions", orjson.dumps(batch), MOST_BATCHES)
+            except StoreUnavailable as error:
+                logger.debug("decisions wait: %s", error.message)
+                self._waiting = deque([*batch, *self._waiting], maxlen=MOST_WAITING)
 
     async def recent(self, most: int) -> list[dict[str, Any]]:
         """The last decisions, the newest first."""
@@ -64,14 +68,14 @@ class DecisionLog:
                 break
         return found[:most]
 
-    async def find(self, completion: str) -> dict[str, Any] | None:
-        """The decision of a completion, if it is remembered."""
+    async def find(self, completion: str, key: str) -> dict[str, Any] | None:
+        """The decision of a completion that this key was given, if it is remembered."""
         await self.flush()
         for batch in await self._store.recent("decisions", MOST_BATCHES):
             if completion.encode() in batch:
-                found = [entry for entry in orjson.loads(batch) if entry["id"] == completion]
-                if found:
-                    return dict(found[-1])
+                for entry in reversed(orjson.loads(batch)):
+                    if (entry["id"], entry["key"]) == (completion, key):
+                        return dict(entry)
         return None
 
 

@@ -9,22 +9,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import Any
 
-from polymath.errors import PolymathError
+from polymath.errors import PolymathError, StoreUnavailable
 from polymath.gateway.config import load_config
 from polymath.gateway.gateway import Gateway
 from polymath.gateway.live import Live, open_live
 from polymath.gateway.prepare import Prepared, prepare
+from polymath.gateway.settings import Settings
 
 __all__ = ["Reloader"]
 
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0
-FIXED = ("host", "port", "workers", "max_body_bytes", "allow_runtime_lora_updating", "cors_origins")
-"""Keys under `server` that are read at the start alone."""
+FIXED: Mapping[str, tuple[str, ...]] = {
+    "server": (
+        "host",
+        "port",
+        "workers",
+        "max_body_bytes",
+        "allow_runtime_lora_updating",
+        "shutdown_grace",
+        "cors_origins",
+        "log_level",
+        "log_format",
+    ),
+    "limits": ("max_depth", "max_header_bytes", "receive_timeout"),
+}
+"""Keys that are read at the start alone, by section; beside them `FIXED_WHOLE`."""
+FIXED_WHOLE = ("store", "state_dir", "auth", "store_failure", "tracing")
 
 FileState = tuple[int, int, int] | None
 
@@ -61,8 +76,7 @@ class Reloader:
         async with self._lock:
             overlay = self._gateway.overlay
             live = await self._opened({**await overlay.changes(), key: value})
-            await overlay.write(key, value)
-            self._gateway.swap(live)
+            await self._swap(live, overlay.write(key, value))
             await self._tell(actor, action, ".".join(key))
 
     async def restore(self, actor: str, action: str, key: tuple[str, ...]) -> bool:
@@ -78,8 +92,7 @@ class Reloader:
                 return False
             del changes[key]
             live = await self._opened(changes)
-            await overlay.erase(key)
-            self._gateway.swap(live)
+            await self._swap(live, overlay.erase(key))
             await self._tell(actor, action, ".".join(key))
             return True
 
@@ -92,6 +105,8 @@ class Reloader:
                 await self._exchange(changes)
         except PolymathError as error:
             logger.error("changes of the admin API are left out: %s", error.message)
+        except Exception:  # the config file alone can be used, as it was until now
+            logger.exception("changes of the admin API are left out")
 
     async def watch(self) -> None:
         """Reload when the file changes or another replica has reloaded."""
@@ -99,6 +114,8 @@ class Reloader:
             await asyncio.sleep(WATCH_SECONDS)
             try:
                 await self._look()
+            except StoreUnavailable as error:  # which the store has logged, once
+                logger.debug("no news of other replicas: %s", error.message)
             except PolymathError as error:
                 logger.error("the config is as it was: %s", error.message)
             except Exception:  # the watch goes on; the next change is tried again
@@ -119,22 +136,34 @@ class Reloader:
                     await self._exchange(await self._gateway.overlay.changes())
 
     async def _exchange(self, changes: Mapping[tuple[str, ...], Any]) -> None:
-        self._gateway.swap(await self._opened(changes))
+        await self._swap(await self._opened(changes))
+
+    async def _swap(self, live: Live, writing: Awaitable[Any] | None = None) -> None:
+        """Put a generation in place, once what is to be written is written."""
+        try:
+            if writing is not None:
+                await writing
+            await self._gateway.swap(live)
+        except BaseException:
+            await self._gateway.discard(live)
+            raise
 
     async def _opened(self, changes: Mapping[tuple[str, ...], Any]) -> Live:
         self._seen_file = self._file_state()
         prepared = await asyncio.to_thread(self._prepared, changes)
         gateway = self._gateway
         live = await asyncio.to_thread(open_live, prepared, gateway.store, gateway.live)
-        await live.service.check_upstreams()
+        try:
+            await live.service.check_upstreams()
+        except BaseException:
+            await gateway.discard(live)
+            raise
         return live
 
     def _prepared(self, changes: Mapping[tuple[str, ...], Any]) -> Prepared:
         config = load_config(self._path, os.environ, changes)
-        old = self._gateway.settings.server
-        for name in FIXED:
-            if getattr(config.settings.server, name) != getattr(old, name):
-                logger.warning("server.%s has changed: that takes a restart", name)
+        for name in _fixed_changes(self._gateway.settings, config.settings):
+            logger.warning("%s has changed: that takes a restart", name)
         added = {
             name: expert
             for name, expert in self._gateway.added.items()
@@ -152,3 +181,16 @@ class Reloader:
         except OSError:
             return None
         return (found.st_mtime_ns, found.st_ino, found.st_size)
+
+
+def _fixed_changes(old: Settings, new: Settings) -> Iterator[str]:
+    """Keys with other values that are not read again."""
+    for section, names in FIXED.items():
+        for name in names:
+            if getattr(getattr(old, section), name) != getattr(getattr(new, section), name):
+                yield f"{section}.{name}"
+    for name in FIXED_WHOLE:
+        if getattr(old, name) != getattr(new, name):
+            yield name
+    if (old.server.admin_key is None) != (new.server.admin_key is None):
+        yield "server.admin_key"

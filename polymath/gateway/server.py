@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import signal
 import socket
 
 import uvicorn
@@ -33,6 +34,7 @@ def serve(prepared: Prepared) -> None:
     set_up_logging(settings.log_level, settings.log_format)
     asyncio.run(_check_open(prepared))
     listener = _listen(prepared)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
     gateway = Gateway(prepared, on_failure=lambda: setattr(server, "should_exit", True))

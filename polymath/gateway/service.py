@@ -102,8 +102,8 @@ class ChatService:
         self, body: Body, headers: Mapping[str, str], allowed: Allowed = None
     ) -> RouteDecision:
         """What the router says of a request, whatever model it names."""
-        turns = turns_of(body)
-        return await asyncio.to_thread(self._router.route, turns, headers, allowed)
+        turns, able = turns_of(body), _able(allowed, self._catalog)
+        return await asyncio.to_thread(self._router.route, turns, headers, able)
 
     def fallback(self, decision: RouteDecision) -> RouteDecision:
         """The decision for the router's fallback in place of another."""
@@ -259,7 +259,7 @@ def decide(
         NotAllowed: the expert that is named may not answer.
     """
     if model in ROUTED_MODELS:
-        return router.route(messages, headers, allowed)
+        return router.route(messages, headers, _able(allowed, catalog))
     return explicit(model, catalog, allowed)
 
 
@@ -281,6 +281,20 @@ def explicit(name: str, catalog: Mapping[str, Expert], allowed: Allowed = None) 
         )
     domain = expert.domains[0] if expert.domains else None
     return RouteDecision({name: 1.0}, confidence=1.0, domain=domain, source="explicit")
+
+
+def _able(allowed: Allowed, catalog: Mapping[str, Expert]) -> Allowed:
+    """The experts that may answer and are there.
+
+    Raises:
+        NotAllowed: there are none.
+    """
+    if allowed is None:
+        return None
+    able = frozenset(name for name in allowed if name in catalog)
+    if not able:
+        raise NotAllowed("This API key does not have access to any model.", param="model")
+    return able
 
 
 def _may(name: str, allowed: Allowed) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from polymath.gateway.keys import KeyRecord, OffTopic
-from polymath.proxy import Body, Events
+from polymath.proxy import Body, Events, FirstNoted, events_of
 from polymath.router import RouteDecision
 
 __all__ = ["Refusal", "TopicGuardSettings", "guard_of", "off_topic"]
 
+NOTE = {"off_topic": "refuse"}
+NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 REFUSAL = "I can only help with these topics: {domains}."
 
 
@@ -39,10 +40,11 @@ class TopicGuardSettings(BaseModel):
 
 def guard_of(settings: TopicGuardSettings, key: KeyRecord | None) -> TopicGuardSettings:
     """The gateway's guard with what the key has in its place."""
-    own = (
-        {} if key is None else {"allowed_domains": key.allowed_domains, "off_topic": key.off_topic}
-    )
-    return settings.model_copy(update={name: value for name, value in own.items() if value})
+    if key is None:
+        return settings
+    own = {"allowed_domains": key.allowed_domains, "off_topic": key.off_topic}
+    given = {name: value for name, value in own.items() if value is not None}
+    return settings.model_copy(update=given)
 
 
 def off_topic(guard: TopicGuardSettings, decision: RouteDecision) -> bool:
@@ -70,38 +72,19 @@ class Refusal:
             for index in range(_choices(body))
         ]
         return {
-            **_common("chat.completion"),
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": "",
             "choices": choices,
-            "usage": _NO_TOKENS,
-            "polymath": {"off_topic": "refuse"},
+            "usage": NO_TOKENS,
+            "polymath": NOTE,
         }
 
     async def stream(self, body: Body) -> Events:
-        return self._chunks(body)
-
-    async def _chunks(self, body: Body) -> AsyncGenerator[dict[str, Any], None]:
-        common = _common("chat.completion.chunk")
-        said = {"role": "assistant", "content": self._text, "refusal": None}
-        for index in range(_choices(body)):
-            choice = {"index": index, "delta": said, "logprobs": None, "finish_reason": None}
-            yield {**common, "choices": [choice], "polymath": {"off_topic": "refuse"}}
-            yield {**common, "choices": [{**choice, "delta": {}, "finish_reason": "stop"}]}
-        if (body.get("stream_options") or {}).get("include_usage"):
-            yield {**common, "choices": [], "usage": _NO_TOKENS}
-
-
-_NO_TOKENS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        return FirstNoted(events_of(await self.whole(body), body), NOTE)
 
 
 def _choices(body: Body) -> int:
     n = body.get("n")
-    return n if isinstance(n, int) else 1
-
-
-def _common(kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": "",
-    }
+    return max(1, n) if isinstance(n, int) else 1

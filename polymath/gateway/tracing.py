@@ -6,7 +6,7 @@ route, then prefill and decode of a local expert, or upstream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Tracing", "TracingSettings"]
 
 REMOTE = frozenset({"upstream", "guided", "cascade"})
+ELSEWHERE = frozenset({"cache", "none"})
+"""Answers without a model."""
 NANOSECONDS = 1e9
 
 
@@ -50,14 +52,17 @@ class Tracing:
     """An observer that exports spans.
 
     Args:
-        prompts: whether prompts may stand in traces.
+        prompts: says whether prompts may stand in traces.
         exporter: in place of OTLP.
     Raises:
         ConfigError: OpenTelemetry is not installed.
     """
 
     def __init__(
-        self, settings: TracingSettings, prompts: bool, exporter: SpanExporter | None = None
+        self,
+        settings: TracingSettings,
+        prompts: Callable[[], bool],
+        exporter: SpanExporter | None = None,
     ) -> None:
         try:
             from opentelemetry.sdk.resources import Resource
@@ -121,7 +126,7 @@ class Tracing:
         yield "polymath.key", report.key
         yield "polymath.cache", report.cache or "none"
         yield "http.request.id", report.request_id
-        if self._prompts:
+        if self._prompts():
             yield "gen_ai.input.messages", orjson.dumps(report.prompt).decode()
 
 
@@ -130,7 +135,7 @@ def _phases(report: Report) -> Iterator[tuple[str, float, float]]:
     yield "route", 0.0, report.routed
     if report.kind in REMOTE:
         yield "upstream", report.routed, report.ended
-    elif report.first_token is not None:
+    elif report.kind not in ELSEWHERE and report.first_token is not None:
         yield "prefill", report.routed, report.first_token
         yield "decode", report.first_token, report.ended
 

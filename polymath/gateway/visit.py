@@ -27,7 +27,7 @@ from polymath.gateway.live import Live
 from polymath.gateway.report import Observer, Report
 from polymath.gateway.request_limits import check_request, estimated_tokens
 from polymath.gateway.topic_guard import Refusal, guard_of, off_topic
-from polymath.proxy import Answering, Body, Events, notes_of
+from polymath.proxy import Answering, Body, Events, notes_of, wants_usage
 from polymath.router import RouteDecision
 
 __all__ = ["Door", "Visit"]
@@ -197,8 +197,7 @@ class Visit:
         """An empty object when the stream has begun, then its chunks."""
         folding = Folding()
         outcome = CANCELLED
-        wants_usage = (self._body.get("stream_options") or {}).get("include_usage")
-        body = self._body if wants_usage else self._with_usage()
+        body = self._with_usage()
         events: Events | None = None
         try:
             async with asyncio.timeout(self._deadline - time.perf_counter()):
@@ -213,7 +212,7 @@ class Visit:
                 folding.add(chunk)
                 if folding.pieces:
                     self._note_first()
-                if wants_usage:
+                if body is self._body:
                     yield chunk
                 elif (rest := _without_usage(chunk)) is not None:
                     yield rest
@@ -230,15 +229,19 @@ class Visit:
             outcome = PolymathError.code
             raise
         finally:
-            self._end(folding.whole() or {}, outcome, folding.pieces)
+            self._end(folding.known, outcome, folding.pieces)
             if events is not None:
                 await events.aclose()
 
     def _with_usage(self) -> Body:
-        """The body that asks for the usage too, if somebody is to pay for it."""
-        if self.ticket.key is None:
+        """The body that asks for the usage too, if somebody is to pay for it or it is to be kept;
+        else, and if the client asks for it, the body itself."""
+        options = self._body.get("stream_options") or {}
+        if not isinstance(options, Mapping) or wants_usage(self._body):
             return self._body
-        return {**self._body, "stream_options": {"include_usage": True}}
+        if self.ticket.key is None and self._cache != "miss":
+            return self._body
+        return {**self._body, "stream_options": {**options, "include_usage": True}}
 
     def _note_first(self) -> None:
         if self._first_token is None:
@@ -314,13 +317,15 @@ async def _decided(
     guard = guard_of(live.settings.topic_guard, ticket.key)
     if guard.allowed_domains is not None:
         read = decision
-        if decision.source == "explicit":
-            read = await service.routed(asked, headers)
+        if decision.source == "explicit" or ticket.experts is not None:
+            read = await service.routed(asked, headers)  # the topic, whoever may answer
         if off_topic(guard, read):
             if guard.off_topic == "refuse":
                 return decision, Refusal(guard)
             if guard.off_topic == "fallback":
                 decision = service.fallback(decision)
+                if ticket.experts is not None and decision.expert not in ticket.experts:
+                    return decision, Refusal(guard)
     return decision, service.answering(decision, ticket.experts)
 
 

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,7 @@ class StandInServer:
         cut_off: set once a client has gone before it had all of its reply.
         answering: replies that are being sent.
         most: the most of them at a time.
+        otherwise: what it answers where no reply is left.
     """
 
     def __init__(self) -> None:
@@ -165,6 +166,7 @@ class StandInServer:
             time.sleep(0.005)
         self.requests: list[Received] = []
         self.connections = self.most = 0
+        self.otherwise: Callable[[Received], Reply] = lambda _: completion()
         self.cut_off = threading.Event()
 
     def close(self) -> None:
@@ -190,7 +192,9 @@ class StandInServer:
             while first := await following:
                 self.requests.append(await _read(first, reader))
                 following = asyncio.ensure_future(reader.read(1))
-                reply = self._replies.popleft() if self._replies else completion()
+                reply = (
+                    self._replies.popleft() if self._replies else self.otherwise(self.requests[-1])
+                )
                 if not await self._sent(reply, writer, following):
                     break
         except (ConnectionError, asyncio.IncompleteReadError):
