@@ -16,8 +16,9 @@ from polymath.gateway.http_protocol import limited_protocol
 from polymath.gateway.json_logs import set_up_logging
 from polymath.gateway.keys import KeyRing
 from polymath.gateway.prepare import Prepared
+from polymath.gateway.workers import Workers
 
-__all__ = ["serve"]
+__all__ = ["serve", "serve_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,21 @@ def serve(prepared: Prepared) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
+    if settings.workers > 1:
+        Workers(prepared, listener, serve_on).serve()
+    else:
+        serve_on(prepared, listener)
+
+
+def serve_on(prepared: Prepared, listener: socket.socket) -> None:
+    """Run one process on a socket.
+
+    Raises:
+        ConfigError: a model cannot be loaded.
+    """
+    settings = prepared.settings.server
+    set_up_logging(settings.log_level, settings.log_format)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to be reloaded
     gateway = Gateway(prepared, on_failure=lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
         create_app(gateway),
