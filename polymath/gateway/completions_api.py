@@ -23,6 +23,13 @@ from starlette.responses import Response
 
 from polymath.errors import InvalidRequest
 from polymath.gateway.batch import Arrived, entered_together
+from polymath.gateway.chat_reply import (
+    COUNTS,
+    choices_of,
+    said_text,
+    scored_tokens,
+    usage_of,
+)
 from polymath.gateway.endpoint import Shared, in_words_of, json_response
 from polymath.gateway.middleware import CLIENT_CLOSED_REQUEST
 from polymath.gateway.protocol import Bias, PolymathOptions, Stops, StreamOptions, Wire
@@ -157,28 +164,28 @@ async def create_completion(body: CompletionRequest, request: Request, gateway: 
 def _completion(body: CompletionRequest, replies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The `text_completion` object of the answers to all prompts."""
     choices = [
-        _choice(choice, place * body.n, body, reply)
+        _choice(choice, place * body.n + index, body, reply)
         for place, reply in enumerate(replies)
-        for choice in reply["choices"]
+        for index, choice in choices_of(reply)
     ]
     return {
         **_common(body, replies),
         "choices": sorted(choices, key=lambda choice: int(choice["index"])),
-        "usage": _sum([reply.get("usage") for reply in replies]),
+        "usage": _sum([usage_of(reply) for reply in replies]),
     }
 
 
 def _choice(
-    choice: Mapping[str, Any], first: int, body: CompletionRequest, reply: Mapping[str, Any]
+    choice: Mapping[str, Any], index: int, body: CompletionRequest, reply: Mapping[str, Any]
 ) -> dict[str, Any]:
-    scored = (choice.get("logprobs") or {}).get("content")
+    scored = scored_tokens(choice)
     logprobs = None
     if body.logprobs is not None and scored is not None:
         logprobs = TextTokens(body.logprobs).add(scored)
     own = {} if len(body.prompt) == 1 else _notes_of_one(reply)
     return {
-        "index": first + choice.get("index", 0),
-        "text": _text(choice.get("message")),
+        "index": index,
+        "text": said_text(choice, "message"),
         "logprobs": logprobs,
         "finish_reason": choice.get("finish_reason"),
         **_noted({**own, **notes_of(choice)}),
@@ -220,25 +227,27 @@ class _Chunks:
         """None for a chunk that says nothing here."""
         if notes := notes_of(chunk):
             self._notes[place] = notes if self._alone else _notes_of_one(chunk)
-        if chunk.get("usage"):
-            self._usage[place] = chunk["usage"]
+        if (usage := usage_of(chunk)) is not None:
+            self._usage[place] = usage
         if not self._common:
             plain = {name: value for name, value in chunk.items() if name != "polymath"}
             self._common = _common(self._body, [plain] if self._alone else [])
-        spoken = [self._choice(place, choice) for choice in chunk.get("choices") or ()]
+        spoken = [self._choice(place, index, choice) for index, choice in choices_of(chunk)]
         choices = [choice for choice in spoken if choice is not None]
         if not choices:
             return None
-        usage = {"usage": None} if self._wants_usage else {}
+        unknown = {"usage": None} if self._wants_usage else {}
         notes = self._notes.pop(place, {})
         if not self._alone:
             choices[0] |= _noted({**notes, **notes_of(choices[0])})
             notes = {}
-        return {**self._common, "choices": choices, **usage, **_noted(notes)}
+        return {**self._common, "choices": choices, **unknown, **_noted(notes)}
 
-    def _choice(self, place: int, choice: Mapping[str, Any]) -> dict[str, Any] | None:
-        index = place * self._body.n + choice.get("index", 0)
-        text, scored = _text(choice.get("delta")), (choice.get("logprobs") or {}).get("content")
+    def _choice(
+        self, place: int, own_index: int, choice: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        index = place * self._body.n + own_index
+        text, scored = said_text(choice, "delta"), scored_tokens(choice)
         logprobs = None
         if self._body.logprobs is not None and scored:
             tokens = self._tokens.setdefault(index, TextTokens(self._body.logprobs))
@@ -276,21 +285,12 @@ def _noted(notes: Mapping[str, Any]) -> dict[str, Any]:
     return {"polymath": dict(notes)} if notes else {}
 
 
-def _text(message: Mapping[str, Any] | None) -> str:
-    """Of a message or a piece of one; what a model says to refuse is text here."""
-    said = message or {}
-    return str(said.get("content") or said.get("refusal") or "")
-
-
 def _sum(usages: Sequence[Mapping[str, Any] | None]) -> dict[str, int] | None:
     """Tokens of all answers; None if one does not say how many it took."""
-    totals = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
-    for usage in usages:
-        for name in totals:
-            if usage is None or not isinstance(usage.get(name), int):
-                return None
-            totals[name] += usage[name]
-    return totals
+    if None in usages:
+        return None
+    known = [usage for usage in usages if usage is not None]
+    return {name: sum(usage[name] for usage in known) for name in COUNTS}
 
 
 def _disagreement(param: str, message: str) -> PydanticCustomError:

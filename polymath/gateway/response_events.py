@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from polymath.errors import PolymathError
+from polymath.gateway.chat_reply import choices_of, said_text, scored_tokens, usage_of
 from polymath.proxy import Events, notes_of
 
 __all__ = ["ResponseEvents", "whole_response"]
@@ -53,12 +54,11 @@ class Draft:
         Args:
             part: of a choice, `message` or `delta`.
         """
-        self._usage = chat.get("usage") or self._usage
-        choices = chat.get("choices") or [{}]
-        said = choices[0].get(part) or {}
-        text = str(said.get("content") or said.get("refusal") or "")
-        logprobs = list((choices[0].get("logprobs") or {}).get("content") or ())
-        self._finish_reason = choices[0].get("finish_reason") or self._finish_reason
+        self._usage = usage_of(chat) or self._usage
+        text, logprobs = "", list[Any]()
+        for _, choice in choices_of(chat):
+            text, logprobs = said_text(choice, part), list(scored_tokens(choice) or ())
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
         self._texts.append(text)
         self._logprobs += logprobs
         return text, logprobs
@@ -199,15 +199,24 @@ class ResponseEvents:
 
 def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
     """Tokens in the words of this API."""
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    thought = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0
     return {
-        "input_tokens": usage.get("prompt_tokens"),
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": usage.get("completion_tokens"),
-        "output_tokens_details": {"reasoning_tokens": thought},
-        "total_tokens": usage.get("total_tokens"),
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {
+            "cached_tokens": _detail(usage, "prompt_tokens_details", "cached_tokens"),
+            "cache_write_tokens": 0,
+        },
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {
+            "reasoning_tokens": _detail(usage, "completion_tokens_details", "reasoning_tokens")
+        },
+        "total_tokens": usage["total_tokens"],
     }
+
+
+def _detail(usage: Mapping[str, Any], details: str, name: str) -> int:
+    given = usage.get(details)
+    count = given.get(name) if isinstance(given, Mapping) else None
+    return count if isinstance(count, int) else 0
 
 
 def _code(error: PolymathError) -> str:

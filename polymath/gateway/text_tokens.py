@@ -34,7 +34,9 @@ class TextTokens:
         }
 
     def _likeliest(self, token: Mapping[str, Any]) -> dict[str, Any]:
-        top = [*(token.get("top_logprobs") or ())[: self._top], token]
+        given = token.get("top_logprobs")
+        listed = given[: self._top] if isinstance(given, list) else []
+        top = [*(other for other in listed if isinstance(other, Mapping)), token]
         return {_name(other): other.get("logprob") for other in top}
 
     def _offset(self, token: Mapping[str, Any]) -> int:
@@ -44,8 +46,10 @@ class TextTokens:
 
 
 def _bytes(token: Mapping[str, Any]) -> bytes:
-    given = token.get("bytes")
-    return str(token.get("token", "")).encode() if given is None else bytes(given)
+    try:
+        return bytes(token["bytes"])
+    except (KeyError, TypeError, ValueError):  # not every upstream gives them
+        return str(token.get("token", "")).encode()
 
 
 def _name(token: Mapping[str, Any]) -> str:
