@@ -40,8 +40,8 @@ def frame_conversation(
     given = [message["content"] for message in messages if message["role"] == "system"]
     system = "\n\n".join(([system_prompt] if system_prompt else []) + given)
     turns = [message for message in messages if message["role"] != "system"]
-    head: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*head, *few_shot, *turns]
+    said = [*few_shot, *turns]
+    return [{"role": "system", "content": system}, *said] if system or not said else said
 
 
 def render_chat(
