@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from polymath.errors import InvalidRequest, PolymathError, UnsupportedParameter
+from polymath.gateway.json_logs import REQUEST_ID
 
 __all__ = ["error_response", "first_problem", "handle_failures"]
 
@@ -49,7 +50,10 @@ def handle_failures(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         logger.exception("unexpected failure", exc_info=error)
-        return error_response(PolymathError("The server failed unexpectedly; it has been logged."))
+        failure = PolymathError("The server failed unexpectedly; it has been logged.")
+        response = error_response(failure)
+        response.headers["x-request-id"] = REQUEST_ID.get()  # no middleware sees this response
+        return response
 
 
 def error_response(error: PolymathError) -> Response:
