@@ -9,7 +9,10 @@ from typing import Any
 from polymath.gateway.answer_cache import CacheStatus
 from polymath.router import RouteDecision
 
-__all__ = ["Observer", "Report"]
+__all__ = ["REMOTE", "Observer", "Report"]
+
+REMOTE = frozenset({"upstream", "guided", "cascade"})
+"""Kinds of experts whose answers come from elsewhere, or may."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from polymath import __version__
 from polymath.errors import ConfigError
 from polymath.experts import Secret, Url
-from polymath.gateway.report import Report
+from polymath.gateway.report import REMOTE, Report
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span
 
 __all__ = ["Tracing", "TracingSettings"]
 
-REMOTE = frozenset({"upstream", "guided", "cascade"})
 ELSEWHERE = frozenset({"cache", "none"})
 """Answers without a model."""
 NANOSECONDS = 1e9
+EXPORT_SECONDS = 3.0
+"""A collector that is gone may hold up the end of the server for so long."""
 
 
 class TracingSettings(BaseModel):
@@ -106,11 +106,15 @@ class Tracing:
         """Send what is left."""
         self._provider.shutdown()
 
-    def _phase(self, report: Report, name: str, start: float, end: float, inside: Context) -> Span:
-        span = self._tracer.start_span(name, context=inside, start_time=_at(report, start))
+    def _phase(self, report: Report, name: str, start: float, end: float, inside: Context) -> None:
+        from opentelemetry.trace import SpanKind
+
+        kind = SpanKind.CLIENT if name == "upstream" else SpanKind.INTERNAL
+        span = self._tracer.start_span(
+            name, context=inside, kind=kind, start_time=_at(report, start)
+        )
         span.set_attribute("polymath.expert", report.expert)
         span.end(_at(report, end))
-        return span
 
     def _attributes(self, report: Report) -> Iterator[tuple[str, Any]]:
         yield "gen_ai.operation.name", "chat"
@@ -159,4 +163,4 @@ def _otlp(settings: TracingSettings) -> SpanExporter:
         message = "tracing: the OTLP exporter is not installed; pip install 'polymath[otel]'"
         raise ConfigError([message]) from None
     headers = {name: value.get_secret_value() for name, value in settings.headers.items()}
-    return OTLPSpanExporter(endpoint=settings.endpoint, headers=headers)
+    return OTLPSpanExporter(endpoint=settings.endpoint, headers=headers, timeout=EXPORT_SECONDS)

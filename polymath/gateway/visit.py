@@ -24,7 +24,7 @@ from polymath.gateway.completion import (
 )
 from polymath.gateway.folding import Folding
 from polymath.gateway.live import Live
-from polymath.gateway.report import Observer, Report
+from polymath.gateway.report import REMOTE, Observer, Report
 from polymath.gateway.request_limits import check_request, estimated_tokens
 from polymath.gateway.topic_guard import Refusal, guard_of, off_topic
 from polymath.proxy import Answering, Body, Events, notes_of, wants_usage
@@ -234,12 +234,13 @@ class Visit:
                 await events.aclose()
 
     def _with_usage(self) -> Body:
-        """The body that asks for the usage too, if somebody is to pay for it or it is to be kept;
-        else, and if the client asks for it, the body itself."""
+        """The body that asks for the usage, too; itself if the client does so, or if an upstream is
+        asked, nobody pays for it and it is not kept."""
         options = self._body.get("stream_options") or {}
         if not isinstance(options, Mapping) or wants_usage(self._body):
             return self._body
-        if self.ticket.key is None and self._cache != "miss":
+        free = self.ticket.key is None and self._cache != "miss"
+        if free and self._kind(self.decision.expert) in REMOTE:
             return self._body
         return {**self._body, "stream_options": {**options, "include_usage": True}}
 

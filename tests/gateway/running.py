@@ -130,8 +130,16 @@ class Running:
 
 
 @contextmanager
-def running(config: Path, server: StandInServer) -> Iterator[Running]:
+def running(
+    config: Path, server: StandInServer, before: Callable[[Gateway], None] = lambda _: None
+) -> Iterator[Running]:
+    """Serve a config.
+
+    Args:
+        before: is done to the gateway before it serves.
+    """
     gateway = Gateway(prepare(load_config(config, {})))
+    before(gateway)
     with serving(gateway) as url:
         server.forget()
         yield Running(url, gateway, server)
