@@ -18,8 +18,9 @@ import pytest
 
 from polymath.gateway import load_config, prepare
 from polymath.gateway.app import Gateway
+from polymath.gateway.protocol import LoadAdapterRequest
 from tests.conftest import serving, write_random_adapter
-from tests.gateway.asking import ask, stream, streamed_text, text
+from tests.gateway.asking import HELLO, ask, stream, streamed_text, text
 from tests.gateway.running import Running, running, wait_for, write_config
 from tests.gateway.test_server import ADDRESS, COMMAND
 from tests.proxy.stand_in import Received, Reply, StandInServer, chunk, completion, events
@@ -367,11 +368,51 @@ def test_other_base_models_bring_another_engine_and_the_old_one_ends_with_its_an
 
 
 def test_an_adapter_loaded_at_run_time_stays(local: Running) -> None:
-    gateway = local.gateway
-    gateway.updates._models["tiny"].adapters.add("third", local.config.parent / "third")
-    before = set(models(local.url))
+    folder = str(local.config.parent / "third")
+    local.gateway.updates.load(LoadAdapterRequest(lora_name="added", lora_path=folder))
+    before = text(ask(local.client(), model="added"))
     assert local.reload().status_code == 200
-    assert set(models(local.url)) == before
+    no_store = {"extra_headers": {"cache-control": "no-store"}}
+    assert text(ask(local.client(), model="added", **no_store)) == before
+    local.gateway.updates.unload("added")
+    assert local.reload().status_code == 200
+    assert "added" not in models(local.url)
+
+
+async def test_of_streams_over_reloads_each_has_one_adapter_from_its_first_token_to_its_last(
+    local: Running,
+) -> None:
+    client = local.client()
+    no_store = {"extra_headers": {"cache-control": "no-store"}}
+    first = text(ask(client, model="first", max_tokens=40, **no_store))
+    old, new = "{base_model: tiny, adapter: first}", "{base_model: tiny, adapter: third}"
+    over = asyncio.Event()
+    answers: list[str] = []
+
+    async def keep_asking(client: httpx.AsyncClient) -> None:
+        body = {"model": "first", "messages": HELLO, "max_tokens": 40, "temperature": 0}
+        headers = {"cache-control": "no-store"}
+        while not over.is_set():
+            asked = {**body, "stream": True}
+            answer = await client.post("/v1/chat/completions", json=asked, headers=headers)
+            assert answer.status_code == 200, answer.text
+            answers.append(said(answer.text))
+
+    async with httpx.AsyncClient(base_url=local.url, timeout=60) as asking_client:
+        asking = [asyncio.create_task(keep_asking(asking_client)) for _ in range(6)]
+        await asyncio.to_thread(wait_for, lambda: len(answers) > 6)
+        for index in range(4):
+            change(local.config, *((old, new) if index % 2 == 0 else (new, old)))
+            assert (await asyncio.to_thread(local.reload)).status_code == 200
+            seen = len(answers)
+            await asyncio.to_thread(wait_for, lambda seen=seen: len(answers) > seen)
+        change(local.config, old, new)
+        assert (await asyncio.to_thread(local.reload)).status_code == 200
+        over.set()
+        await asyncio.gather(*asking)
+    third = text(ask(client, model="first", max_tokens=40, **no_store))
+    assert first != third
+    assert set(answers) == {first, third}
 
 
 # --- replicas ------------------------------------------------------------------------------------
