@@ -43,7 +43,7 @@ experts:
   EXPERTS
 router: {path: ROUTER, fallback: law, min_confidence: 0}
 """
-WAIT_SECONDS = 20
+WAIT_SECONDS = 60
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

@@ -268,7 +268,19 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For the tiny model, which several threads only slow down on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def local(
+    one_thread: None,
     tmp_path: Path,
     text_router: Path,
     tiny_model: Path,
