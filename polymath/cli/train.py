@@ -155,7 +155,7 @@ def train_clusters(
         str, typer.Option(help="A base model of the config, or where one is.")
     ] = "smollm2",
     clusters: Annotated[int, typer.Option(min=2, help="Experts to find.")] = 6,
-    algorithm: Annotated[str, typer.Option(help="birch, kmeans or spherical.")] = "birch",
+    algorithm: Annotated[str, typer.Option(help="birch, kmeans or spherical.")] = "kmeans",
     eval_data: Annotated[
         list[Path] | None, typer.Option(help="Held-out conversations, for the report.")
     ] = None,

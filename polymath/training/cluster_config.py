@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from polymath.router import BASE_FOLDER, ClusterCard
-from polymath.training.cluster_recipe import expert_folder
+from polymath.training.cluster_recipe import BASE_WEIGHT, TEMPERATURE, expert_folder
 
 __all__ = ["write_cluster_config"]
 
@@ -33,7 +33,14 @@ def write_cluster_config(out: Path, card: ClusterCard, top_k: int) -> None:
     config = {
         "base_models": {"base": {"model": _absolute(card.base_model)}},
         "experts": experts,
-        "router": {"kind": "gradient", "path": ".", "fallback": "clusters-base", "top_k": top_k},
+        "router": {
+            "kind": "gradient",
+            "path": ".",
+            "fallback": "clusters-base",
+            "top_k": top_k,
+            "base_weight": BASE_WEIGHT,
+            "temperature": TEMPERATURE,
+        },
     }
     (out / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from polymath.artifacts import Progress
 from polymath.router import BASE_FOLDER, ClusterArtifact, ClusterPolicy, cluster_weights
-from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
+from polymath.training.cluster_recipe import (
+    BASE_WEIGHT,
+    TEMPERATURE,
+    ClusterRecipe,
+    expert_folder,
+)
 from polymath.training.data import ChatRow
 from polymath.training.ensemble_loss import AdapterEnsemble
 from polymath.training.examples import encode_chat, padding_id
@@ -43,10 +48,10 @@ def cluster_losses(
     vectors = gradients.asked([row for row, _ in kept])
     shares = [
         dict(zip(labels, row.tolist(), strict=True))
-        for row in cluster_weights(vectors, artifact.centroids)
+        for row in cluster_weights(vectors, artifact.centroids, TEMPERATURE)
     ]
     nearest = [max(some, key=lambda label: some[label]) for some in shares]
-    policy = ClusterPolicy(BASE_FOLDER, {name: name for name in labels}, 1.0, recipe.top_k)
+    policy = ClusterPolicy(BASE_FOLDER, {name: name for name in labels}, BASE_WEIGHT, recipe.top_k)
     who: dict[str, list[Mapping[str | None, float]]] = {
         "base model": [{None: 1.0} for _ in kept],
         "base adapter": [{BASE_FOLDER: 1.0} for _ in kept],

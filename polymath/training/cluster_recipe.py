@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from polymath.training.clustering import Algorithm
 from polymath.training.recipe import LoraRecipe, checked
 
-__all__ = ["ClusterRecipe", "expert_folder"]
+__all__ = ["BASE_WEIGHT", "TEMPERATURE", "ClusterRecipe", "expert_folder"]
+
+BASE_WEIGHT = 0.0
+"""Of the base adapter in an ensemble; ELREA has 1. The experts go on from it as it is, and without
+it they did better (`bench.ensemble_weights`)."""
+TEMPERATURE = 0.5
+"""Of the clusters' weights; ELREA has 1. Measured with the base's weight."""
 
 
 class ClusterRecipe(BaseModel):
@@ -19,7 +25,8 @@ class ClusterRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     clusters: int = Field(default=6, ge=2)
-    algorithm: Algorithm = "birch"
+    algorithm: Algorithm = "kmeans"
+    """ELREA has BIRCH, whose clusters were uneven on our data (docs/clusters.md)."""
     lora: LoraRecipe = LoraRecipe()
     """Of the base adapter and of every expert; its `train_tokens` are for all of them together."""
     base_share: float = Field(default=0.5, gt=0, lt=1)

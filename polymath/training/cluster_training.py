@@ -30,7 +30,7 @@ from polymath.router import (
 )
 from polymath.training.cluster_config import write_cluster_config
 from polymath.training.cluster_losses import cluster_losses
-from polymath.training.cluster_recipe import ClusterRecipe, expert_folder
+from polymath.training.cluster_recipe import TEMPERATURE, ClusterRecipe, expert_folder
 from polymath.training.cluster_report import cluster_findings, write_cluster_report
 from polymath.training.clustering import centroids_of, cluster
 from polymath.training.data import ChatRow, fingerprint
@@ -108,7 +108,7 @@ class ClusterTraining:
             raise DataError("all conversations pull alike: there is nothing to tell apart")
         self.train_experts(members, self._out)
         artifact = self._artifact(vectors, members)
-        shares = cluster_weights(self._raw(vectors), artifact.centroids)
+        shares = cluster_weights(self._raw(vectors), artifact.centroids, TEMPERATURE)
         texts = [_instruction(row) for row in self._rows]
         self._progress("distilling", 0, 1)
         distilled = self._out / DISTILLED_FOLDER

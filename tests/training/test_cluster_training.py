@@ -386,7 +386,7 @@ def test_prompts_are_routed_to_the_expert_of_their_kind(found: Path) -> None:
     for place, rows in enumerate((law(5), sums(5))):
         decisions = [router.route(line.conversation()[:-1]) for line in rows]
         assert [decision.domain for decision in decisions] == [f"cluster-{place}"] * 5
-        assert all(decision.weights["clusters-base"] == 0.5 for decision in decisions)
+        assert all("clusters-base" not in decision.weights for decision in decisions)
 
 
 def test_the_clusters_may_be_guessed_instead(found: Path, tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_the_clusters_may_be_guessed_instead(found: Path, tmp_path: Path) -> Non
         file.write("  distil: true\n")
     router = prepare(load_config(folder / "polymath.yaml", environ={})).router
     decision = router.route(LAW[0].conversation()[:-1])
-    assert decision.weights.keys() == {"clusters-base", "cluster-0", "cluster-1"}
+    assert decision.weights.keys() == {"cluster-0", "cluster-1"}
     assert sum(decision.weights.values()) == pytest.approx(1)
 
 
