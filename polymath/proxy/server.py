@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any
+from urllib.request import getproxies
 
 import orjson
 
@@ -151,18 +152,8 @@ class Server:
             self.breaker.fail()
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
-        import httpx
-
         if self._client is None:
-            self._client = httpx.AsyncClient(
-                http2=True,
-                headers=self._headers,
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients share it
-                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-                limits=httpx.Limits(
-                    max_connections=CONNECTIONS, max_keepalive_connections=KEPT_ALIVE
-                ),
-            )
+            self._client = self._new_client()
         content = None if body is None else orjson.dumps({**body, "model": self.model})
         request = self._client.build_request(
             method,
@@ -171,6 +162,21 @@ class Server:
             headers={"content-type": "application/json"} if content else None,
         )
         return await self._client.send(request, stream=True)
+
+    def _new_client(self) -> httpx.AsyncClient:
+        import httpx
+
+        from polymath.proxy.plain_http import PlainTransport
+
+        plain = self.api_base.startswith("http://") and not getproxies()
+        return httpx.AsyncClient(
+            transport=PlainTransport(CONNECTIONS, KEPT_ALIVE) if plain else None,
+            http2=not plain,
+            headers=self._headers,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients share it
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=KEPT_ALIVE),
+        )
 
     def _check_type(self, response: httpx.Response, wanted: str) -> None:
         found = self._failures.shown(response.headers.get("content-type", ""))
