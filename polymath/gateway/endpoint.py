@@ -22,7 +22,7 @@ FIRST_NAME = re.compile(r"[^.\[]+")
 PREFIX = re.compile(r"^(cmpl-|resp_)")
 
 
-def _gateway(request: Request) -> Gateway:
+async def _gateway(request: Request) -> Gateway:  # which FastAPI calls without a thread
     gateway: Gateway = request.app.state.gateway
     return gateway
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from polymath.errors import ModelNotFound, NotReady, PolymathError
 from polymath.experts import Engine, EngineStats, Expert, ExpertSettings
+from polymath.gateway import memory
 from polymath.gateway.access import Access
 from polymath.gateway.adapters import AdapterUpdates
 from polymath.gateway.live import Live, open_live
@@ -132,6 +133,7 @@ class Gateway:
             self._on_failure()
             return
         self._flushing = asyncio.create_task(self._flush())
+        memory.settle()
         logger.info("ready: %s", ", ".join(self.catalog))
 
     async def swap(self, live: Live) -> None:
@@ -204,6 +206,7 @@ class Gateway:
         await old.drained()
         self._generations.remove(old)
         await old.let_go(self._generations)
+        memory.unsettle()
 
     def _tracing(self) -> Tracing | None:
         settings = self.settings.tracing
