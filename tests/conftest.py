@@ -66,7 +66,9 @@ def demo(shipped: Prepared) -> Prepared:
     more = settings.model_copy(
         update={
             "experts": {**settings.experts, **combined},
-            "server": settings.server.model_copy(update={"allow_runtime_lora_updating": True}),
+            "server": settings.server.model_copy(
+                update={"allow_runtime_lora_updating": True, "watch_config": False}
+            ),
         }
     )
     return replace(shipped, config=replace(shipped.config, settings=more))
