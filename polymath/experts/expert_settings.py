@@ -105,6 +105,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
         "timeout",
         "num_retries",
         "max_parallel",
+        "max_waiting",
         "fallbacks",
     ),
     "guided": ("guide_prompt", "guide_tokens", "guide_timeout", "template"),
@@ -270,6 +271,12 @@ class ExpertSettings(Section):
     )
     max_parallel: int | None = Field(
         default=None, ge=1, description="Requests at a time; more of them wait."
+    )
+    max_waiting: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of them, those that may wait; beyond it the answer is 429. By default half of "
+        "`max_parallel`, so that nobody waits much longer than for half an answer.",
     )
     fallbacks: tuple[Name, ...] = Field(
         default=(), description="Experts that answer, in this order, if the upstream cannot."

@@ -56,7 +56,10 @@ class EngineSettings(Section):
         description="Rows that run at the same time; an ensemble of four experts is four rows.",
     )
     max_waiting: int = Field(
-        default=64, ge=0, description="Groups that may wait; beyond it the answer is 429."
+        default=8,
+        ge=0,
+        description="Groups that may wait; beyond it the answer is 429. Half of those that run is "
+        "as many as can be answered in twice the usual time.",
     )
     kv_cache_tokens: int = Field(
         default=32768,

@@ -55,6 +55,7 @@ class Relay:
         outgoing = {**self._outgoing(body), "stream": False}
 
         async def own() -> dict[str, Any]:
+            self._upstream.check_room()
             reply = await self._upstream.post(PATH, outgoing)
             if not _is_completion(reply):
                 raise UpstreamFailed(f"The upstream of {self._upstream.name} sent no completion.")
@@ -64,11 +65,12 @@ class Relay:
 
     async def stream(self, body: Body) -> Events:
         outgoing = {**self._outgoing(body), "stream": True}
-        return await self._first_of(
-            lambda: self._upstream.stream(PATH, outgoing),
-            lambda other: other.stream(body),
-            FirstNoted,
-        )
+
+        async def own() -> Events:
+            self._upstream.check_room()
+            return await self._upstream.stream(PATH, outgoing)
+
+        return await self._first_of(own, lambda other: other.stream(body), FirstNoted)
 
     async def _first_of(
         self,

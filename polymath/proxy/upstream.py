@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
-from polymath.errors import UpstreamUnavailable
+from polymath.errors import Overloaded, UpstreamUnavailable
 from polymath.experts import Deployment, ExpertSettings
 from polymath.proxy.answering import Events
 from polymath.proxy.failures import TryFailed
@@ -47,6 +47,25 @@ class Upstream:
         ]
         self._num_retries = settings.num_retries
         self._places = asyncio.Semaphore(settings.max_parallel) if settings.max_parallel else None
+        self._most_waiting = (
+            max(1, (settings.max_parallel or 0) // 2)
+            if settings.max_waiting is None
+            else settings.max_waiting
+        )
+        self._waiting = 0
+
+    def check_room(self) -> None:
+        """For requests that are new; what belongs to one that is being answered may wait anyhow.
+
+        Raises:
+            Overloaded: as many wait for their turn as may.
+        """
+        full = self._places is not None and self._places.locked()
+        if full and self._waiting >= self._most_waiting:
+            raise Overloaded(
+                f"The upstream of {self.name} is asked as much as it may be, and its queue is full "
+                f"({self._waiting} requests wait); retry later."
+            )
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON object that answers a request.
@@ -137,9 +156,16 @@ class Upstream:
     async def _place(self) -> AsyncIterator[None]:
         if self._places is None:
             yield
-        else:
-            async with self._places:
-                yield
+            return
+        self._waiting += 1
+        try:
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._places.release()
 
 
 async def _begun(

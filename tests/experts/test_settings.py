@@ -245,7 +245,7 @@ def test_the_engine_has_defaults() -> None:
     engine = EngineSettings()
     assert (engine.device, engine.dtype, engine.backend) == ("auto", "auto", "auto")
     assert engine.threads is None
-    assert (engine.max_num_seqs, engine.max_waiting, engine.max_tokens) == (16, 64, 512)
+    assert (engine.max_num_seqs, engine.max_waiting, engine.max_tokens) == (16, 8, 512)
     assert (engine.kv_cache_tokens, engine.prefix_cache_tokens) == (32_768, 16_384)
     assert (engine.prefill_chunk, engine.max_loaded_adapters) == (64, 64)
 

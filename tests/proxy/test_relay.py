@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,3 +240,66 @@ async def test_a_client_that_goes_away_starts_no_fallback(
     await asyncio.wait({asking})
     assert asking.cancelled()
     assert other.asked == []
+
+
+# --- the queue -----------------------------------------------------------------------------------
+
+
+def late(reply: Reply) -> Reply:
+    """The same, after a while."""
+    return replace(reply, before=[0.3])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("keys", "room"),
+    [
+        ({"max_parallel": 1}, 2),
+        ({"max_parallel": 4}, 6),
+        ({"max_parallel": 2, "max_waiting": 5}, 7),
+        ({"max_parallel": 2, "max_waiting": 0}, 2),
+    ],
+)
+async def test_more_than_the_queue_holds_are_refused_at_once(
+    relay: MakeRelay, server: StandInServer, keys: dict[str, Any], room: int, stream: bool
+) -> None:
+    made = relay(**keys)
+    body = request("big")
+    ask = (lambda: streamed(made, body)) if stream else (lambda: made.whole(body))
+    reply = events(chunk("a")) if stream else completion()
+    server.says(*[late(reply)] * room)
+    asking = [asyncio.create_task(ask()) for _ in range(room)]
+    await asyncio.sleep(0.05)
+    started = asyncio.get_running_loop().time()
+    for _ in range(3):
+        with pytest.raises(Overloaded) as caught:
+            await ask()
+        assert caught.value.retry_after == 1
+    assert asyncio.get_running_loop().time() - started < 0.1
+    assert len(await asyncio.gather(*asking)) == room
+    assert len(server.requests) == room
+    server.says(reply)
+    assert await ask()  # there is room again
+
+
+async def test_the_fallback_answers_what_the_queue_does_not_hold(
+    relay: MakeRelay, server: StandInServer
+) -> None:
+    server.says(late(completion()), completion("upstream"))
+    made = relay(max_parallel=1, max_waiting=0, experts={"other": FakeExpert("fallback")})
+    first = asyncio.create_task(made.whole(request("big")))
+    await asyncio.sleep(0.05)
+    assert answer_text(await made.whole(request("big"))) == "fallback"
+    await first
+
+
+async def test_who_leaves_the_queue_makes_room(relay: MakeRelay, server: StandInServer) -> None:
+    server.says(late(completion()), completion("upstream"))
+    made = relay(max_parallel=1, max_waiting=1)
+    first = asyncio.create_task(made.whole(request("big")))
+    leaving = asyncio.create_task(made.whole(request("big")))
+    await asyncio.sleep(0.05)
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    assert answer_text(await made.whole(request("big"))) == "upstream"
+    await first
