@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LLAMA ?= .venv-llama
 SEMANTIC ?= .venv-semantic
+LITELLM ?= .venv-litellm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINNED := -c constraints.txt
@@ -61,9 +62,9 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed bench-steering ## all benchmarks but those of hours
+bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed bench-steering bench-overhead bench-overload ## all benchmarks but those of hours
 
-.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed bench-steering
+.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed bench-steering bench-overhead bench-overload wrk
 DATA ?= ../shared/data
 WORK ?= /tmp/polymath-elrea
 
@@ -107,6 +108,24 @@ bench-speed: $(VENV)/dev.installed $(LLAMA)/llama.installed ## speed against PEF
 bench-steering: $(VENV)/dev.installed ## calls to a remote model that a steered token takes (DATA=folder)
 	$(BIN)/python -m bench.steering --data $(DATA)
 
+bench-overhead: $(VENV)/dev.installed $(LITELLM)/litellm.installed system-packages wrk ## what the gateway adds to an upstream, against LiteLLM's proxy
+	$(BIN)/python -m bench.overhead --litellm $(LITELLM)/bin/python
+
+bench-overload: $(VENV)/dev.installed ## four times the capacity: those let in, and the rest
+	$(BIN)/python -m bench.overload
+
+wrk: # the load generator of bench-overhead
+	@command -v wrk >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	       && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq wrk >/dev/null; } \
+	  || { echo "wrk is absent and cannot be installed here; install it and say make bench-overhead again"; exit 1; }
+
+$(LITELLM)/litellm.installed:
+	$(PYTHON) -m venv $(LITELLM)
+	@echo "installing LiteLLM's proxy for the benchmark (a few minutes) ..."
+	$(LITELLM)/bin/python -m pip install --disable-pip-version-check --quiet 'litellm[proxy]==1.106.0'
+	touch $@
+
 $(LLAMA)/llama.installed:
 	$(PYTHON) -m venv $(LLAMA)
 	@echo "building llama.cpp for the benchmark (6 to 20 minutes) ..."
@@ -124,4 +143,4 @@ demo-artifacts: $(VENV)/dev.installed ## train the demo experts and router again
 	PATH="$(abspath $(BIN)):$$PATH" configs/demo/train.sh $(DATA)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) $(LLAMA) $(SEMANTIC) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(LLAMA) $(SEMANTIC) $(LITELLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

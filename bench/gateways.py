@@ -18,10 +18,18 @@ import httpx
 
 from bench.canned_upstream import MODEL
 
-__all__ = ["Running", "canned_upstream", "litellm_proxy", "new_key", "polymath_gateway", "redis"]
+__all__ = [
+    "Running",
+    "canned_upstream",
+    "demo_gateway",
+    "litellm_proxy",
+    "polymath_gateway",
+    "redis",
+]
 
 START_SECONDS = 120
 END_SECONDS = 30
+DEMO = Path("configs/polymath.yaml")
 DEMO_ROUTER = Path("configs/demo/router").resolve()
 MASTER_KEY = "sk-of-this-benchmark-alone"
 RPM, TPM = 100_000_000, 1_000_000_000
@@ -50,7 +58,7 @@ class Running:
 @contextmanager
 def canned_upstream(seconds: float = 0.0) -> Iterator[Running]:
     """The upstream alone."""
-    port = free_port()
+    port = _free_port()
     command = [sys.executable, "-m", "bench.canned_upstream", "--port", str(port)]
     with _process([*command, "--seconds", str(seconds)]) as pid:
         url = f"http://127.0.0.1:{port}/v1"
@@ -61,7 +69,7 @@ def canned_upstream(seconds: float = 0.0) -> Iterator[Running]:
 @contextmanager
 def litellm_proxy(python: Path, upstream: Running, folder: Path) -> Iterator[Running]:
     """LiteLLM's proxy with one worker and a master key, without a database."""
-    port = free_port()
+    port = _free_port()
     target = {"model": f"openai/{MODEL}", "api_base": upstream.url, "api_key": upstream.key}
     config = {
         "model_list": [{"model_name": MODEL, "litellm_params": target}],
@@ -100,39 +108,35 @@ def polymath_gateway(
             }
         )
     )
-    with _serving(name, config, new_key(config)) as running:
+    with _serving(name, config) as running:
+        yield running
+
+
+@contextmanager
+def demo_gateway(name: str, folder: Path) -> Iterator[Running]:
+    """`polymath serve` with the demo's own model and the settings that it has by default."""
+    folder.mkdir(exist_ok=True)
+    config = folder / "polymath.yaml"
+    text = DEMO.read_text().replace("demo/", f"{DEMO.parent.resolve()}/demo/")
+    config.write_text(f"{text}\nstate_dir: {folder / 'state'}\n")
+    with _serving(name, config) as running:
         yield running
 
 
 @contextmanager
 def redis(folder: Path) -> Iterator[str]:
     """A real redis-server that writes nothing to disk; its URL."""
-    port = free_port()
+    port = _free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
     with _process([*command, "--appendonly", "no", "--dir", str(folder)]):
         _wait_for_port(port)
         yield f"redis://127.0.0.1:{port}/0"
 
 
-def new_key(config: Path) -> str:
-    """A key with limits that are never reached."""
-    command = [_polymath(), "keys", "create", "--config", str(config), "--name", "bench"]
-    command += ["--rpm", str(RPM), "--tpm", str(TPM), "--concurrent", "10000"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return next(word for word in done.stdout.split() if word.startswith("pm-"))
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
 @contextmanager
-def _serving(name: str, config: Path, key: str) -> Iterator[Running]:
-    port = free_port()
+def _serving(name: str, config: Path) -> Iterator[Running]:
+    key = _new_key(config)
+    port = _free_port()
     command = [_polymath(), "serve", "--config", str(config), "--port", str(port)]
     with _process(command) as pid:
         url = f"http://127.0.0.1:{port}"
@@ -157,6 +161,14 @@ def _process(command: Sequence[str], environment: Mapping[str, str] = {}) -> Ite
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _new_key(config: Path) -> str:
+    """A key with limits that are never reached."""
+    command = [_polymath(), "keys", "create", "--config", str(config), "--name", "bench"]
+    command += ["--rpm", str(RPM), "--tpm", str(TPM), "--concurrent", "10000"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return next(word for word in done.stdout.split() if word.startswith("pm-"))
 
 
 def _polymath() -> str:
@@ -199,3 +211,11 @@ def _resident(pid: int) -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port

@@ -23,6 +23,9 @@ __all__ = ["serve", "serve_on"]
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept, as by nginx: longer than clients use theirs, or a request
+would meet a connection that is just being closed."""
 
 
 def serve(prepared: Prepared) -> None:
@@ -60,6 +63,7 @@ def serve_on(prepared: Prepared, listener: socket.socket) -> None:
         log_config=None,
         log_level=settings.log_level,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_grace)),
     )
     server = uvicorn.Server(config)

@@ -18,8 +18,8 @@ import httpx
 
 __all__ = ["PlainTransport"]
 
-EXPIRY_SECONDS = 5.0
-"""An idle connection is used no longer: servers close theirs, mostly after 5 seconds or more."""
+EXPIRY_SECONDS = 4.0
+"""An idle connection is used no longer: servers close theirs, uvicorn after 5 seconds."""
 LARGEST_HEAD = 100 * 1024
 """Bytes of status line and headers, as in h11."""
 HIGH_WATER = 256 * 1024
