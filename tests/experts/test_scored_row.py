@@ -277,8 +277,8 @@ async def test_others_do_not_change_what_a_row_tells(
     answers = [asyncio.ensure_future(tokens(one)) for one in completions]
     said = tuple(range(8))
     found = torch.cat([await row.extend((token,)) for token in said])
-    assert_close(found, model.all_logits("math", PROMPT + said)[-len(said) :])
     assert [len(await answer) for answer in answers] == [30, 30]
+    assert_close(found, model.all_logits("math", PROMPT + said)[-len(said) :])
 
 
 async def test_the_engine_sleeps_while_a_row_is_idle(
