@@ -110,12 +110,15 @@ def first_problem(error: "ValidationError") -> str:
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
-def open_graph(file: Path, threads: int | None, remedy: str) -> "InferenceSession":
+def open_graph(
+    file: Path, threads: int | None, remedy: str, frugal: bool = False
+) -> "InferenceSession":
     """An ONNX graph of the cache on the CPU.
 
     Args:
         threads: of one operation; None is all cores.
         remedy: what happens when its folder is deleted.
+        frugal: give memory back after every run, which costs small graphs no time.
     Raises:
         ModelSourceError: it is missing or corrupt.
     """
@@ -124,6 +127,9 @@ def open_graph(file: Path, threads: int | None, remedy: str) -> "InferenceSessio
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    if frugal:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common type

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEP_ALIVE = 75
-"""Seconds that an idle connection is kept, as by nginx: longer than clients use theirs, or a request
-would meet a connection that is just being closed."""
+"""Seconds that an idle connection is kept, as by nginx: longer than clients use theirs, or else a
+request could meet a connection that is being closed."""
 
 
 def serve(prepared: Prepared) -> None:

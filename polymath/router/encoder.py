@@ -58,7 +58,9 @@ class SentenceEncoder:
     """
 
     def __init__(self, folder: Path, threads: int = 1, max_tokens: int = MAX_TOKENS) -> None:
-        self._session = open_graph(folder / MODEL_FILE, threads, "make the router again")
+        self._session = open_graph(
+            folder / MODEL_FILE, threads, "make the router again", frugal=True
+        )
         self._tokenizer = open_tokenizer(folder)
         self._max_tokens = max_tokens
         self.dimensions = sum(int(output.shape[-1]) for output in self._session.get_outputs())
