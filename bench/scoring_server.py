@@ -1,6 +1,7 @@
 """A stand-in for vLLM's and llama.cpp's `/v1/completions`: a real model behind real HTTP.
 
-It speaks of tokens by their ids, as vLLM does if asked, or by their texts, as llama.cpp does.
+It speaks of tokens by their ids, as vLLM does if asked, or by their texts, as llama-cpp-python
+does, with all that this server does to them (`tests/proxy/test_llama_peer.py` asks the real one).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from torch import Tensor
 from polymath.experts import Engine, Row
 
 BASE = "smollm2"
+
+Place = tuple[int, Tensor | None]
+"""A token and the logits that it was drawn from."""
 
 
 class ScoringServer:
@@ -67,18 +71,33 @@ class ScoringServer:
             return _json({"error": {"message": "unknown field", "code": "unknown"}}, 400)
         tokens = self._tokens(body["prompt"])
         logits = await self._logits(tokens)
-        generated = int(logits[-1].argmax())
-        places = range(len(tokens) + 1) if body.get("echo") else [len(tokens)]
-        told = [*tokens, generated]
-        count = body["logprobs"]
+        told = _by_id if self.by_id else self._by_text
+        places = told(tokens, logits, bool(body.get("echo")))
         logprobs = {
-            "tokens": [self._name(told[place]) for place in places],
+            "tokens": [self._name(token) for token, _ in places],
             "top_logprobs": [
-                self._likeliest(logits[place - 1], told[place], count) if place else None
-                for place in places
+                None if row is None else self._likeliest(row, token, body["logprobs"])
+                for token, row in places
             ],
         }
-        return _json({"choices": [{"index": 0, "text": "", "logprobs": logprobs}]})
+        ended = not self.by_id and int(logits[-1].argmax()) in self._model.eos_ids
+        return _json(
+            {
+                "choices": [{"index": 0, "text": "", "logprobs": logprobs}],
+                "usage": {"prompt_tokens": len(tokens), "completion_tokens": 0 if ended else 1},
+            }
+        )
+
+    def _by_text(self, tokens: Sequence[int], logits: Tensor, echo: bool) -> list[Place]:
+        """No begin token, no generated end; and a prompt without a begin token is off by one."""
+        begin, ends = self._model.tokenizer.bos_token_id, self._model.eos_ids
+        generated = [int(logits[-1].argmax())]
+        said = [token for token in generated if token not in ends]
+        if not echo:
+            return [(token, logits[-1]) for token in said]
+        listed = [*tokens[1 if tokens[0] == begin else 0 :], *said]
+        rows = [None, *logits[1:]]
+        return [(token, row) for token, row in zip(listed, rows, strict=False) if token != begin]
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, list):
@@ -96,15 +115,22 @@ class ScoringServer:
             row.close()
 
     def _likeliest(self, logits: Tensor, token: int, count: int) -> dict[str, float]:
-        """As vLLM tells them: the likeliest, and the token that stands there."""
+        """The likeliest, and the token that stands there; of one name the last one counts."""
         log_probs = logits.log_softmax(-1)
         ids = [*log_probs.topk(count).indices.tolist(), token]
-        return {self._name(index): float(log_probs[index]) for index in reversed(ids)}
+        return {self._name(index): float(log_probs[index]) for index in ids}
 
     def _name(self, index: int) -> str:
         piece = self._model.vocabulary.piece(index).decode("utf-8", "ignore")
         name = f"token_id:{index}" if self.by_id else piece
         return self.retold.get(name, name)
+
+
+def _by_id(tokens: Sequence[int], logits: Tensor, echo: bool) -> list[Place]:
+    """All tokens of the prompt if it is echoed, and the generated one."""
+    told = [*tokens, int(logits[-1].argmax())]
+    rows = [None, *logits]
+    return list(zip(told, rows, strict=True))[0 if echo else -1 :]
 
 
 def _json(body: Any, status: int = 200) -> Response:

@@ -51,12 +51,19 @@ def polymath_server(config: Path) -> Iterator[str]:
 
 @contextmanager
 def llama_server(
-    python: Path, model: Path, adapter: Path | None, threads: int, every_logit: bool = False
+    python: Path,
+    model: Path,
+    adapter: Path | None,
+    threads: int,
+    every_logit: bool = False,
+    one_by_one: bool = False,
 ) -> Iterator[str]:
     """llama-cpp-python's OpenAI server; its URL.
 
     Args:
         every_logit: keep those of the prompt too, for `echo` with `logprobs`.
+        one_by_one: read a prompt token by token, as it generates. Its kernels for a batch and for
+            one token differ by up to 0.2 nats, so that else an answer depends on what is cached.
     """
     port = _free_port()
     command = [str(python), "-m", "llama_cpp.server", "--model", str(model)]
@@ -64,6 +71,7 @@ def llama_server(
     command += ["--n_threads_batch", str(threads)]
     command += ["--lora_path", str(adapter)] if adapter else []
     command += ["--logits_all", "true"] if every_logit else []
+    command += ["--n_batch", "1"] if one_by_one else []
     with _running(command):
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/v1/models")

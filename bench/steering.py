@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("--upstream", help="URL of a server instead, up to /v1")
     parser.add_argument("--model", default="smollm2", help="what the server calls its model")
     parser.add_argument("--questions", type=int, default=6)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     arguments = parser.parse_args()
     lines = (arguments.data / "experts" / "math.gsm8k_test.jsonl").read_text().splitlines()
     questions = [json.loads(line)["question"] for line in lines[: arguments.questions]]
     with _upstream(arguments) as url:
-        asyncio.run(_measure(url, arguments.model, questions))
+        asyncio.run(_measure(url, arguments.model, questions, arguments.temperatures))
 
 
 @contextmanager
@@ -85,7 +86,9 @@ def _upstream(arguments: argparse.Namespace) -> Iterator[str]:
             config.num_key_value_heads,
             Path(folder) / f"{LARGE}.gguf",
         )
-        with llama_server(arguments.llama, gguf, adapter, 2, every_logit=True) as url:
+        with llama_server(
+            arguments.llama, gguf, adapter, 2, every_logit=True, one_by_one=True
+        ) as url:
             yield f"{url}/v1"
 
 
@@ -100,10 +103,12 @@ def _own_server(demo: Prepared) -> Iterator[str]:
         engine.close()
 
 
-async def _measure(url: str, model: str, questions: Sequence[str]) -> None:
+async def _measure(
+    url: str, model: str, questions: Sequence[str], temperatures: Sequence[float]
+) -> None:
     service = open_service(_with_steering(load_demo(), url, model))
     try:
-        for temperature in (0.0, 0.7):
+        for temperature in temperatures:
             print(f"\ntemperature {temperature:g}, {len(questions)} questions\n")
             print("| way | calls a token | tokens | mean mass missing | s a token | same texts |")
             print("|---|---|---|---|---|---|")

@@ -16,8 +16,9 @@ from polymath.proxy.messages import (
     wants_usage,
 )
 from polymath.proxy.relay import Relay
-from polymath.proxy.remote_scores import RemoteScores, Support
+from polymath.proxy.remote_scores import RemoteScores, Scored
 from polymath.proxy.steering import SteeredAnswer
+from polymath.proxy.support import Support
 from polymath.proxy.upstream import Upstream
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Reference",
     "Relay",
     "RemoteScores",
+    "Scored",
     "SteeredAnswer",
     "Support",
     "Upstream",

@@ -26,12 +26,16 @@ from polymath.experts import (
     certainty,
 )
 from polymath.proxy.draft_length import DraftLength
-from polymath.proxy.remote_scores import RemoteScores, Support
+from polymath.proxy.remote_scores import RemoteScores
+from polymath.proxy.support import Support
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["SteeredAnswer"]
+
+NEGLIGIBLE = 1e-3
+"""Probability of a token that need not be asked for; then it is one of those left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,8 @@ class SteeredAnswer:
         block = await self._block(await self._extended(()))
         while True:
             said: list[int] = []
-            for place, support in enumerate(block.supports):
+            for place, given in enumerate(block.supports):
+                support = await self._settled(block.logits[place], given)
                 token, chunk = self._step(block, place, support)
                 yield chunk
                 if chunk.finish_reason is not None:
@@ -141,10 +146,9 @@ class SteeredAnswer:
             probabilities.append(self._draft_probabilities(rows[-1][0]))
             tokens.append(self._sampler.draw(probabilities[-1]))
             rows.append(await self._extended(tokens[-1:]))
-        supports = await self._remote.score([*self._tokens, *tokens], len(tokens))
-        # a draft that the upstream cuts otherwise is asked for again without it
-        self._calls += 1 if len(supports) > len(tokens) else 2
-        return _Block(tuple(tokens), tuple(probabilities), torch.stack(rows), supports)
+        scored = await self._remote.score([*self._tokens, *tokens], len(tokens))
+        self._calls += scored.calls
+        return _Block(tuple(tokens), tuple(probabilities), torch.stack(rows), scored.supports)
 
     async def _extended(self, token: Sequence[int], cut: int = 0) -> Tensor:
         """Logits of M+ and M- after one token more, [2, vocab].
@@ -168,18 +172,36 @@ class SteeredAnswer:
             return certainty(logits)
         return (logits / self._sampling.temperature).softmax(-1)
 
-    def _step(self, block: _Block, place: int, support: Support) -> tuple[int, Chunk]:
-        """The token at one place of a block."""
+    async def _settled(self, small: Tensor, support: Support) -> Support:
+        """The support, sure of all tokens that may be the next one."""
+        while (token := self._doubt(small, support)) is not None:
+            self._calls += 1
+            support = support.sure_of(token, await self._remote.nats(self._tokens, token))
+        return support
+
+    def _doubt(self, small: Tensor, support: Support) -> int | None:
+        """A token that it is unsure of and that would not be negligible at its likeliest."""
+        if not support.unsure:
+            return None
+        _, log_probs = self._steered(small, support.with_unsure())
+        wanted = self._sampler.probabilities(log_probs)
+        token = max(support.unsure, key=lambda index: float(wanted[index]))
+        return token if wanted[token] >= NEGLIGIBLE * wanted.sum() else None
+
+    def _steered(self, small: Tensor, support: Support) -> tuple[Tensor, Tensor]:
+        """Logits of M, M+ and M-, and what they make together."""
         import torch
 
-        small = block.logits[place]
         logits = torch.cat([support.logits(small.shape[-1])[None], small])
-        state = _no_state(self._writer.tokens)
-        log_probs, _ = self._combiner(logits, state)
+        return logits, self._combiner(logits, _no_state(self._writer.tokens))[0]
+
+    def _step(self, block: _Block, place: int, support: Support) -> tuple[int, Chunk]:
+        """The token at one place of a block."""
+        logits, log_probs = self._steered(block.logits[place], support)
         token = self._chosen(block, place, self._sampler.probabilities(log_probs))
         self._sampler.take(token)
         self._missing += support.missing_mass
-        weights = self._combiner.weights(state)
+        weights = self._combiner.weights(_no_state(self._writer.tokens))
         attribution = attribute(token, logits, weights) if self._attribution else None
         return token, self._writer.write(token, log_probs, attribution)
 

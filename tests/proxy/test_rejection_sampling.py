@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from polymath.experts import DecodeGroup, ProxyTuning, Row, SamplingParams
-from polymath.proxy import DraftLength, SteeredAnswer, Support
+from polymath.proxy import DraftLength, Scored, SteeredAnswer, Support
 
 VOCABULARY = 6
 END = 5
@@ -58,19 +58,37 @@ class FakeRemote:
     Args:
         size: tokens of a support.
         forgetful: every third draft is one that it cuts otherwise.
+        unsure: tokens that it tells of only if it is asked for them.
     """
 
-    def __init__(self, row: FakeRow, size: int = VOCABULARY, forgetful: bool = False) -> None:
+    def __init__(
+        self,
+        row: FakeRow,
+        size: int = VOCABULARY,
+        forgetful: bool = False,
+        unsure: Collection[int] = (),
+    ) -> None:
         self.calls = self._asked = 0
         self._row, self._size, self._forgetful = row, size, forgetful
+        self._unsure = frozenset(unsure)
 
-    async def score(self, tokens: Sequence[int], drafted: int) -> list[Support]:
+    async def score(self, tokens: Sequence[int], drafted: int) -> Scored:
         assert list(tokens) == self._row.tokens
         self._asked += 1
         one = self._forgetful and self._asked % 3 == 0
-        self.calls += 2 if one and drafted else 1  # it is asked again without the draft
+        calls = 2 if one and drafted else 1  # it is asked again without the draft
+        self.calls += calls
         places = range(len(tokens) - drafted - 1, len(tokens))
-        return [support(tokens[place], self._size) for place in places][: 1 if one else None]
+        supports = [self._shown(support(tokens[place], self._size)) for place in places]
+        return Scored(supports[: 1 if one else None], calls)
+
+    async def nats(self, tokens: Sequence[int], token: int) -> float | None:
+        self.calls += 1
+        return support(tokens[-1], VOCABULARY).log_probs[token]
+
+    def _shown(self, whole: Support) -> Support:
+        kept = {i: nats for i, nats in whole.log_probs.items() if i not in self._unsure}
+        return Support(kept, self._unsure & whole.log_probs.keys())
 
 
 class FakeVocabulary:
@@ -100,6 +118,7 @@ def steered(
     alpha: float = 1.0,
     size: int = VOCABULARY,
     forgetful: bool = False,
+    unsure: Collection[int] = (),
     **sampling: Any,
 ) -> tuple[list[int], SteeredAnswer]:
     """The tokens of an answer that goes on at its end token, unless told otherwise."""
@@ -108,7 +127,7 @@ def steered(
     async def run() -> tuple[list[int], SteeredAnswer]:
         tuned, untuned = FakeRow(drafter), FakeRow(UNTUNED)
         rows: Any = tuned, untuned
-        remote: Any = FakeRemote(tuned, size, forgetful)
+        remote: Any = FakeRemote(tuned, size, forgetful, unsure)
         local: Any = FakeLocal()
         row = Row("small", None, PROMPT)
         group = DecodeGroup((row, row), ProxyTuning(alpha), SamplingParams(**values))
@@ -174,6 +193,22 @@ def test_it_has_it_on_a_support_and_at_a_temperature(
 def test_it_has_it_where_drafts_are_cut_otherwise() -> None:
     said, _ = steered(4, alpha=0.5, forgetful=True)
     assert p_value(said, wanted(TUNED, 0.5, VOCABULARY, 1.0)) > LEAST_P
+
+
+@pytest.mark.parametrize("draft", [0, 4])
+def test_it_has_it_where_tokens_are_told_only_if_asked_for(draft: int) -> None:
+    said, _ = steered(draft, alpha=0.5, unsure={1, END})
+    assert p_value(said, wanted(TUNED, 0.5, VOCABULARY, 1.0)) > LEAST_P
+
+
+@pytest.mark.parametrize("draft", [0, 4])
+@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
+def test_what_may_not_be_the_next_token_is_not_asked_for(drafter: Tensor, draft: int) -> None:
+    sure, _ = steered(draft, drafter, temperature=0.0, max_tokens=30)
+    unsure, answer = steered(draft, drafter, temperature=0.0, max_tokens=30, unsure={1, END})
+    assert unsure == sure
+    steering = answer.note()["steering"]
+    assert steering["upstream_calls"] < 3 * steering["tokens"]
 
 
 def test_the_test_would_notice_another_distribution() -> None:
