@@ -20,6 +20,8 @@ from polymath.proxy.failures import Failure, Failures, TryFailed
 if TYPE_CHECKING:
     import httpx
 
+    from polymath.proxy.plain_http import PlainTransport
+
 __all__ = ["Server"]
 
 CONNECT_SECONDS = 5.0
@@ -60,6 +62,7 @@ class Server:
             secrets.append(key)
         self._failures = Failures(expert, secrets, settings.timeout)
         self._client: httpx.AsyncClient | None = None
+        self._plain: PlainTransport | None = None
 
     async def whole(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
@@ -161,6 +164,8 @@ class Server:
             content=content,
             headers={"content-type": "application/json"} if content else None,
         )
+        if self._plain is not None:  # what a client does around it is nothing that is wanted here
+            return await self._plain.handle_async_request(request)
         return await self._client.send(request, stream=True)
 
     def _new_client(self) -> httpx.AsyncClient:
@@ -168,10 +173,12 @@ class Server:
 
         from polymath.proxy.plain_http import PlainTransport
 
-        plain = self.api_base.startswith("http://") and not getproxies()
+        base = httpx.URL(self.api_base)
+        if base.scheme == "http" and not base.userinfo and not getproxies():
+            self._plain = PlainTransport(CONNECTIONS, KEPT_ALIVE)
         return httpx.AsyncClient(
-            transport=PlainTransport(CONNECTIONS, KEPT_ALIVE) if plain else None,
-            http2=not plain,
+            transport=self._plain,
+            http2=self._plain is None,
             headers=self._headers,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # clients share it
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
