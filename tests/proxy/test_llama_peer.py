@@ -40,7 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def url(gateway: Gateway) -> Iterator[str]:
-    files = package_files(gateway._prepared.settings.base_models[BASE].model)
+    files = package_files(gateway.prepared.settings.base_models[BASE].model)
     gguf = next(file for file in files if file.suffix == ".gguf")
     python = Path(os.environ["LLAMA"])
     with llama_server(python, gguf, None, 2, every_logit=True, one_by_one=True) as url:
