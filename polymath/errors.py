@@ -117,7 +117,7 @@ class ModelNotFound(InvalidRequest):
 class Overloaded(PolymathError):
     """The queue is full; the client should come back after `retry_after` seconds."""
 
-    code = "rate_limit_exceeded"
+    code = "overloaded"
     type = "rate_limit_error"
     status = 429
     retry_after = 1
@@ -175,7 +175,7 @@ class QuotaExceeded(PolymathError):
     status = 429
 
 
-class DeadlineExceeded(PolymathError):
+class DeadlineExceeded(InvalidRequest):
     """The answer took longer than the request or the server allows."""
 
     code = "timeout"

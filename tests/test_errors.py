@@ -10,7 +10,14 @@ from polymath import errors
 from polymath.errors import ConfigError, NotReady, Overloaded, PolymathError
 
 CLASSES: list[type[PolymathError]] = [getattr(errors, name) for name in errors.__all__]
-OPENAI_TYPES = {"invalid_request_error", "rate_limit_error", "server_error"}
+OPENAI_TYPES = {
+    "insufficient_quota",
+    "invalid_request_error",
+    "rate_limit_error",
+    "requests",
+    "server_error",
+    "tokens",
+}
 
 
 def example(error: type[PolymathError]) -> PolymathError:
