@@ -74,6 +74,11 @@ def _servers(stack: ExitStack, folder: Path, litellm: Path) -> Iterator[Running]
     store = stack.enter_context(redis(folder))
     shared = polymath_gateway("ours, redis", folder / "redis", expert, store=store)
     yield stack.enter_context(shared)
+    rules = {"kind": "rules", "fallback": MODEL}
+    small = polymath_gateway(
+        "ours, memory, router of rules", folder / "rules", expert, router=rules
+    )
+    yield stack.enter_context(small)
 
 
 def _measure(servers: Sequence[Running], rounds: int, seconds: int) -> dict[str, Result]:

@@ -66,7 +66,9 @@ def _with_router(config: Path, folder: Path | None) -> ConfigFile:
     file = load_config(config)
     if folder is None:
         return file
-    chosen = file.settings.router.model_copy(update={"path": folder})
+    router = file.settings.router
+    kind = "encoder" if router.kind == "rules" else router.kind
+    chosen = router.model_copy(update={"path": folder, "kind": kind})
     return replace(file, settings=file.settings.model_copy(update={"router": chosen}))
 
 
@@ -85,7 +87,9 @@ def _evaluate_prompts(
     else:
         _print_router_summary(summary)
     if report is not None:
-        written = write_router_report(report, routed, summary, f"Router {settings.router.path}")
+        written = write_router_report(
+            report, routed, summary, f"Router {settings.router.path or settings.router.kind}"
+        )
         typer.echo(f"report: {written}", err=True)
 
 

@@ -12,6 +12,8 @@ __all__ = ["KeyPath", "contradictions", "suggestion"]
 
 KeyPath = tuple[str | int, ...]
 
+NO_ENCODER = "needs a router that has a sentence encoder"
+
 
 def suggestion(given: Any, names: list[str]) -> str:
     """The nearest valid name, or all of them, to be put behind a message."""
@@ -43,8 +45,12 @@ def contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     if settings.server.workers > 1 and settings.store == "memory":
         message = "several processes need a store that they share: `store: redis://...`"
         yield ("server", "workers"), message
-    if settings.cache.semantic and settings.router.kind == "gradient":
-        yield ("cache", "semantic"), "needs a router that has a sentence encoder"
+    encoderless = settings.router.kind in ("gradient", "rules")
+    if settings.cache.semantic and encoderless:
+        yield ("cache", "semantic"), NO_ENCODER
+    for name, expert in settings.experts.items():
+        if expert.examples and encoderless:
+            yield ("experts", name, "examples"), NO_ENCODER
     yield from _unfit_router(settings, [*bases, *experts])
 
 

@@ -132,7 +132,7 @@ def _conflicts(settings: Settings, folders: dict[str, Path]) -> Iterator[tuple[K
     catalog = build_catalog(settings.base_models, settings.experts)
     for name, message in vocabulary_conflicts(catalog, vocabulary_of):
         yield ("experts", name), message
-    if settings.router.combine != "select" or settings.router.kind != "encoder":
+    if settings.router.combine != "select" or settings.router.cluster_folder is not None:
         yield from _uncombinable(settings, vocabulary_of)
 
 

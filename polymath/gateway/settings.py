@@ -135,7 +135,7 @@ class Settings(BaseModel):
         }
         router = self.router.model_copy(
             update={
-                "path": root / self.router.path,
+                "path": self.router.path and root / self.router.path,
                 "clusters": self.router.clusters and root / self.router.clusters,
             }
         )

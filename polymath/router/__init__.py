@@ -33,6 +33,7 @@ from polymath.router.encoder import (
 )
 from polymath.router.encoder_export import encoder_length, export_encoder, locate_encoder
 from polymath.router.encoder_router import EncoderRouter
+from polymath.router.fallback_router import FallbackRouter
 from polymath.router.gradient_router import ClusterPolicy, GradientRouter, cluster_weights
 from polymath.router.head import RouterHead
 from polymath.router.hybrid_router import HybridRouter
@@ -58,6 +59,7 @@ __all__ = [
     "Embedder",
     "Encoder",
     "EncoderRouter",
+    "FallbackRouter",
     "GradientRouter",
     "HasEmbedder",
     "HybridRouter",

@@ -10,6 +10,7 @@ from polymath.router.cluster_readers import PromptFeatures, distilled_reader, gr
 from polymath.router.decision import Router
 from polymath.router.encoder import SentenceEncoder
 from polymath.router.encoder_router import EncoderRouter
+from polymath.router.fallback_router import FallbackRouter
 from polymath.router.gradient_router import ClusterPolicy, GradientRouter
 from polymath.router.hybrid_router import HybridRouter
 from polymath.router.policy import Policy
@@ -40,8 +41,10 @@ def build_router(
         ModelSourceError: the encoder in it cannot be used.
     """
     clusters = settings.cluster_folder
-    if clusters is None:
-        router: Router = _encoder_router(settings, owners, examples)
+    if settings.path is None:
+        router: Router = FallbackRouter(settings.fallback)
+    elif clusters is None:
+        router = _encoder_router(settings, settings.path, owners, examples)
     else:
         try:
             router = _gradient_router(settings, clusters, owners, open_features)
@@ -49,7 +52,7 @@ def build_router(
             key = "clusters" if settings.kind == "hybrid" else "path"
             raise RouterArtifactError(error.message, param=error.param or key) from error
         if settings.kind == "hybrid":
-            encoder = _encoder_router(settings, owners, examples)
+            encoder = _encoder_router(settings, settings.path, owners, examples)
             router = HybridRouter(encoder, router, settings.share, settings.top_k + 1)
     rules = [Rule(rule) for rule in settings.rules]
     return RuledRouter(rules, router, owners) if rules else router
@@ -57,11 +60,12 @@ def build_router(
 
 def _encoder_router(
     settings: RouterSettings,
+    folder: Path,
     owners: Mapping[str, str],
     examples: Mapping[str, Sequence[str]] | None,
 ) -> EncoderRouter:
-    artifact = RouterArtifact.load(settings.path)
-    encoder = SentenceEncoder(settings.path, settings.threads, artifact.card.max_tokens)
+    artifact = RouterArtifact.load(folder)
+    encoder = SentenceEncoder(folder, settings.threads, artifact.card.max_tokens)
     policy = Policy(
         owners,
         settings.fallback,

@@ -16,6 +16,8 @@ UNUSED = {
         {"clusters", "share", "min_confidence", "out_of_scope", "combine", "margin", "sticky"}
     ),
     "hybrid": frozenset({"combine", "margin"}),
+    "rules": frozenset({"path", "threads", "top_k", "min_confidence", "out_of_scope", "combine"})
+    | frozenset({"clusters", "base_weight", "temperature", "share", "distil", "margin", "sticky"}),
 }
 """Keys that a kind of router does not read."""
 
@@ -25,14 +27,16 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["encoder", "gradient", "hybrid"] = Field(
+    kind: Literal["encoder", "gradient", "hybrid", "rules"] = Field(
         default="encoder",
         description="`encoder`: a sentence encoder with a trained head. `gradient`: the direction "
-        "in which a prompt pulls an adapter's weights (ELREA). `hybrid`: both, mixed.",
+        "in which a prompt pulls an adapter's weights (ELREA). `hybrid`: both, mixed. `rules`: the "
+        "rules alone, without a model, and then the fallback.",
     )
-    path: Path = Field(
+    path: Path | None = Field(
+        default=None,
         description="Folder that `polymath train router` wrote (for `gradient`, `polymath train "
-        "clusters`), relative to the config file."
+        "clusters`), relative to the config file; all kinds but `rules` need it.",
     )
     clusters: Path | None = Field(
         default=None,
@@ -106,12 +110,14 @@ class RouterSettings(BaseModel):
     @property
     def cluster_folder(self) -> Path | None:
         """Where the clusters are, if they are asked for."""
-        return {"encoder": None, "gradient": self.path, "hybrid": self.clusters}[self.kind]
+        return {"gradient": self.path, "hybrid": self.clusters}.get(self.kind)
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "RouterSettings":
         if unused := sorted(self.model_fields_set & UNUSED[self.kind]):
             raise ValueError(f"{unused[0]!r} means nothing to a router of kind {self.kind!r}")
+        if self.kind != "rules" and self.path is None:
+            raise ValueError(f"'path' is missing; a router of kind {self.kind!r} needs it")
         if self.kind == "hybrid" and self.clusters is None:
             raise ValueError("'clusters' is missing; a router of kind 'hybrid' needs it")
         return self

@@ -234,7 +234,8 @@ def test_the_router_is_swapped_and_restored(gate: Running, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        ({}, "path"),
+        ({"fallback": "law"}, "path"),
+        ({"path": "router"}, "fallback"),
         ({"path": "nowhere", "fallback": "law"}, "nowhere"),
         ({"path": "router", "fallback": "lawyer"}, "lawyer"),
         ({"path": "router", "fallback": "law", "fallbck": 1}, "fallbck"),
