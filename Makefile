@@ -45,7 +45,7 @@ types: $(VENV)/dev.installed ## mypy strict
 	$(BIN)/mypy
 
 unit: $(VENV)/dev.installed system-packages ## all tests
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest -n 2 --dist loadfile --durations=10
 
 test-peers: $(VENV)/dev.installed $(LLAMA)/llama.installed ## tests against llama.cpp's server (builds it once)
 	LLAMA=$(abspath $(LLAMA))/bin/python $(BIN)/pytest -m peers

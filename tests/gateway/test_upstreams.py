@@ -244,7 +244,7 @@ def test_each_event_is_passed_on_when_it_comes(client: OpenAI, server: StandInSe
         (failing(400), openai.BadRequestError, "their_code"),
         (failing(404), openai.NotFoundError, "their_code"),
         (failing(422), openai.UnprocessableEntityError, "their_code"),
-        (failing(429, retry_after="30"), openai.RateLimitError, "rate_limit_exceeded"),
+        (failing(429, retry_after="30"), openai.RateLimitError, "overloaded"),
         (failing(401), openai.InternalServerError, "upstream_error"),
         (failing(500), openai.InternalServerError, "upstream_error"),
         (Reply(status=0), openai.InternalServerError, "upstream_error"),
