@@ -62,9 +62,9 @@ schema: $(VENV)/run.installed ## write the JSON Schema of the config beside it
 docs: $(VENV)/dev.installed ## draw the import arrows into docs/architecture.md
 	$(BIN)/python docs/draw_imports.py
 
-bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed bench-steering bench-overhead bench-overload ## all benchmarks but those of hours
+bench: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-quality bench-profile bench-scaling bench-speed bench-steering bench-cascade bench-overhead bench-overload ## all benchmarks but those of hours
 
-.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed bench-steering bench-overhead bench-overload wrk
+.PHONY: bench-experts bench-router bench-router-speed bench-router-robustness bench-router-ablation bench-gradients bench-elrea bench-clusters bench-quality bench-profile bench-scaling bench-speed bench-steering bench-cascade bench-overhead bench-overload wrk
 DATA ?= ../shared/data
 WORK ?= /tmp/polymath-elrea
 
@@ -107,6 +107,9 @@ bench-speed: $(VENV)/dev.installed $(LLAMA)/llama.installed ## speed against PEF
 
 bench-steering: $(VENV)/dev.installed ## calls to a remote model that a steered token takes (DATA=folder)
 	$(BIN)/python -m bench.steering --data $(DATA)
+
+bench-cascade: $(VENV)/dev.installed ## what each judge of a cascade is worth on small sums
+	$(BIN)/python -m bench.cascade
 
 bench-overhead: $(VENV)/dev.installed $(LITELLM)/litellm.installed system-packages wrk ## what the gateway adds to an upstream, against LiteLLM's proxy
 	$(BIN)/python -m bench.overhead --litellm $(LITELLM)/bin/python

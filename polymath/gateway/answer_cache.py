@@ -123,7 +123,8 @@ class AnswerCache:
         wishes = {part.strip().lower() for part in (cache_control or "").split(",")}
         if not self._settings.on or "no-store" in wishes or not _repeatable(body):
             return None
-        rest = {name: value for name, value in body.items() if name not in IRRELEVANT}
+        given = {name: _plain(value) for name, value in body.items() if value is not None}
+        rest = {name: value for name, value in given.items() if name not in IRRELEVANT}
         *earlier, last = rest.pop("messages")
         text = text_of(last.get("content"))
         known: Any = {
@@ -214,6 +215,11 @@ class Replay:
 def _repeatable(body: Body) -> bool:
     """Whether the same request would be answered alike."""
     return body.get("temperature") == 0 or isinstance(body.get("seed"), int)
+
+
+def _plain(value: Any) -> Any:
+    """Equal settings in one form: 0.0 is 0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _complete(reply: Mapping[str, Any]) -> bool:

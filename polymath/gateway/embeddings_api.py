@@ -95,9 +95,10 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, gateway: S
             param="input",
         )
     estimate = -(-characters // CHARACTERS_PER_TOKEN)
-    ticket = await gateway.access.admit(request.headers.get("authorization"), estimate)
-    used = Used(MODEL)
+    used, ticket = Used(MODEL), None
+    gateway.door.take_place(live)
     try:
+        ticket = await gateway.access.admit(request.headers.get("authorization"), estimate)
         embedder = _embedder(body.model, live.embedder)
         async with asyncio.timeout(limits.timeout):
             reply = await unless_disconnected(request.receive, _embedded(body, embedder))
@@ -108,7 +109,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, gateway: S
     except TimeoutError:
         raise DeadlineExceeded(f"It took longer than {limits.timeout:g} seconds.") from None
     finally:
-        gateway.access.give_back(ticket, used)
+        gateway.door.leave(live, ticket, used)
 
 
 def _embedder(model: str, embedder: Embedder | None) -> Embedder:

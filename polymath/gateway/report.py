@@ -26,7 +26,7 @@ class Report:
         expert: who answered in the end, which may be a fallback.
         kind: of that expert.
         cache: how the cache answered; None where it was not asked.
-        outcome: `ok`, `cancelled`, or the code of the error.
+        outcome: `ok`, `off_topic` (refused by the guard), `cancelled`, or the code of the error.
         started: seconds since 1970.
         routed, first_token, ended: seconds since `started`; None where there was none.
         cost: nanodollars.

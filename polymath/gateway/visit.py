@@ -35,6 +35,7 @@ __all__ = ["Door", "Visit"]
 NANODOLLARS_PER_TOKEN = 1000
 """Of a price of one dollar for a million tokens."""
 CANCELLED = "cancelled"
+OFF_TOPIC = "off_topic"
 
 
 class Door:
@@ -54,6 +55,17 @@ class Door:
         """Requests that are being answered."""
         return self._inside
 
+    def take_place(self, live: Live) -> None:
+        """Of one request; to be left.
+
+        Raises:
+            Overloaded: as many are inside as may be.
+        """
+        if self._inside >= live.settings.limits.max_in_flight:
+            raise Overloaded("The server answers as many requests as it can; try again soon.")
+        self._inside += 1
+        live.enter()
+
     async def enter(
         self, live: Live, asked: Body, headers: Mapping[str, str], request_id: str = ""
     ) -> Visit:
@@ -63,13 +75,9 @@ class Door:
             PolymathError: it is too large, not allowed, or nobody is called so.
         """
         arrived = _Arrival(time.time(), time.perf_counter(), request_id, headers.get("traceparent"))
-        limits = live.settings.limits
-        check_request(asked, limits)
-        if self._inside >= limits.max_in_flight:
-            raise Overloaded("The server answers as many requests as it can; try again soon.")
+        check_request(asked, live.settings.limits)
         estimate = estimated_tokens(asked, live.settings.engine.max_tokens)
-        self._inside += 1
-        live.enter()
+        self.take_place(live)
         ticket = None
         try:
             ticket = await self.access.admit(headers.get("authorization"), estimate)
@@ -165,7 +173,7 @@ class Visit:
                 with noting_first_token(self._note_first):
                     reply = await self._answering.whole(self._body)
                 await self._keep(reply)
-            outcome = "ok"
+            outcome = self._answered()
         except TimeoutError:
             outcome = DeadlineExceeded.code
             raise self._late() from None
@@ -216,7 +224,7 @@ class Visit:
                     yield chunk
                 elif (rest := _without_usage(chunk)) is not None:
                     yield rest
-            outcome = "ok"
+            outcome = self._answered()
             if (whole := folding.whole()) is not None:
                 await self._keep(whole)
         except TimeoutError:
@@ -251,6 +259,9 @@ class Visit:
     async def _keep(self, reply: Mapping[str, Any]) -> None:
         if self._query is not None and self._cache == "miss":
             await self._live.cache.keep(self._query, reply)
+
+    def _answered(self) -> str:
+        return OFF_TOPIC if isinstance(self._answering, Refusal) else "ok"
 
     def _late(self) -> DeadlineExceeded:
         seconds = self._deadline - self._arrival.clock

@@ -228,7 +228,16 @@ def test_another_request_is_another_answer(gate: Running, other: dict[str, Any])
     assert status(gate.post(law(**other) if "model" not in other else {**law(), **other})) == "miss"
 
 
-@pytest.mark.parametrize("same", [{"user": "ada"}, {"stream": False}, {"timeout": 10}])
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"user": "ada"},
+        {"stream": False},
+        {"timeout": 10},
+        {"temperature": 0.0},
+        {"top_p": None},
+    ],
+)
 def test_what_does_not_change_an_answer_does_not_count(gate: Running, same: Any) -> None:
     gate.post(law())
     assert status(gate.post(law(**same))) == "hit"

@@ -303,6 +303,8 @@ def test_requests_beyond_what_can_be_answered_are_429_at_once(gate: Running) -> 
     error = refusal(gate.client(), model="law")
     assert isinstance(error, openai.RateLimitError)
     assert error.response.headers["retry-after"] == "1"
+    with pytest.raises(openai.RateLimitError):
+        gate.client().embeddings.create(model="polymath-encoder", input="Hello.")
     assert httpx.get(f"{gate.url}/healthz").status_code == 200
     end.set()
     for chunks in running:

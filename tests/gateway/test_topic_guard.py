@@ -102,6 +102,12 @@ def test_a_refusal_costs_nothing(gate: Running) -> None:
     assert not any(row.get("dollars") for row in rows)
 
 
+def test_a_refusal_is_told_from_an_answer_in_what_is_recorded(gate: Running, key: str) -> None:
+    routed(gate, key, MATH)
+    stream(gate.client(key), model="polymath", messages=MATH)
+    assert [entry["outcome"] for entry in gate.decisions()[:2]] == ["off_topic"] * 2
+
+
 # --- of a key ------------------------------------------------------------------------------------
 
 
