@@ -20,6 +20,7 @@ from polymath.experts import Engine, ExpertSettings
 from polymath.gateway import Prepared, load_config, prepare
 from polymath.gateway.app import Gateway, create_app
 from polymath.gateway.http_protocol import limited_protocol
+from tests.proxy.stand_in import StandInServer
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CONFIG = ROOT / "configs" / "polymath.yaml"
@@ -196,3 +197,18 @@ def _wait_until_ready(url: str) -> None:
             return
         time.sleep(0.1)
     raise TimeoutError("the demo did not get ready")
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[StandInServer]:
+    """Stands in for a model provider."""
+    server = StandInServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(upstream: StandInServer) -> StandInServer:
+    """The same, and nobody has asked it anything yet."""
+    upstream.forget()
+    return upstream

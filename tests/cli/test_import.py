@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,6 @@ NAMES = {
     ],
 }
 """By prefix, what the models are called."""
-
-
-@pytest.fixture(scope="module")
-def only_server() -> Iterator[StandInServer]:
-    server = StandInServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def server(only_server: StandInServer) -> StandInServer:
-    only_server.forget()
-    return only_server
 
 
 def listed(*models: str) -> Any:

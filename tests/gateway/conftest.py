@@ -9,7 +9,6 @@ import pytest
 from openai import OpenAI
 
 from tests.gateway.stores import KINDS, MemoryStores, RedisStores, Stores, opened
-from tests.proxy.stand_in import StandInServer
 from tests.redis_server import RedisServer
 
 
@@ -34,14 +33,6 @@ def frail_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.kill()
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[StandInServer]:
-    """Stands in for a model provider."""
-    server = StandInServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(params=KINDS)

@@ -32,13 +32,6 @@ print({"onnxruntime", "tokenizers", "torch"} & sys.modules.keys())
 """
 
 
-@pytest.fixture(scope="module")
-def only_server() -> Iterator[StandInServer]:
-    server = StandInServer()
-    yield server
-    server.close()
-
-
 def write(folder: Path, server: StandInServer, more: str = "") -> Path:
     file = folder / "polymath.yaml"
     file.write_text(CONFIG.replace("URL", server.url) + more)
@@ -46,9 +39,9 @@ def write(folder: Path, server: StandInServer, more: str = "") -> Path:
 
 
 @pytest.fixture(scope="module")
-def gate(only_server: StandInServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    config = write(tmp_path_factory.mktemp("rules"), only_server)
-    with running(config, only_server) as gate:
+def gate(upstream: StandInServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    config = write(tmp_path_factory.mktemp("rules"), upstream)
+    with running(config, upstream) as gate:
         yield gate
 
 
@@ -70,8 +63,8 @@ def test_there_are_no_embeddings(gate: Running) -> None:
         gate.client().embeddings.create(model="polymath-encoder", input="Hello.")
 
 
-def test_no_library_of_models_is_loaded(only_server: StandInServer, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", OPENED, str(write(tmp_path, only_server))]
+def test_no_library_of_models_is_loaded(upstream: StandInServer, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENED, str(write(tmp_path, upstream))]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "set()"
 
@@ -84,9 +77,9 @@ def test_no_library_of_models_is_loaded(only_server: StandInServer, tmp_path: Pa
     ],
 )
 def test_what_needs_an_encoder_is_refused(
-    only_server: StandInServer, tmp_path: Path, more: str, place: str
+    upstream: StandInServer, tmp_path: Path, more: str, place: str
 ) -> None:
-    file = write(tmp_path, only_server)
+    file = write(tmp_path, upstream)
     text = file.read_text()
     file.write_text(text.replace("router:", more + "router:"))
     with pytest.raises(ConfigError, match=f"{place}: needs a router that has a sentence encoder"):

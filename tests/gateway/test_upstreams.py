@@ -80,22 +80,15 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "argumen
 
 
 @pytest.fixture(scope="module")
-def only_server() -> Iterator[StandInServer]:
-    server = StandInServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
 def config(
-    only_server: StandInServer, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    upstream: StandInServer, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     root = tmp_path_factory.mktemp("upstreams")
     bert = write_tiny_bert(tmp_path_factory.mktemp("bert"))
     write_text_router(bert, root / "router", ("law", "coding", "math"))
     values = {
         "TINY": str(tiny_model),
-        "URL": only_server.url,
+        "URL": upstream.url,
         "DEAD": f"http://127.0.0.1:{unused_port()}/v1",
         "UNSURE": UNSURE,
         "SURE": SURE,
@@ -123,10 +116,10 @@ def client(base_url: str) -> OpenAI:
 
 
 @pytest.fixture
-def server(only_server: StandInServer, gateway: Gateway, base_url: str) -> Iterator[StandInServer]:
+def server(upstream: StandInServer, gateway: Gateway, base_url: str) -> Iterator[StandInServer]:
     """The stand-in; after the test nothing is outstanding, and the breakers are closed again."""
-    only_server.forget()
-    yield only_server
+    upstream.forget()
+    yield upstream
     deployments = [one for up in gateway.service.upstreams.values() for one in up.servers]
     wait_for(lambda: not any(one.outstanding for one in deployments))
     for one in deployments:

@@ -17,23 +17,10 @@ KEY = "sk-the-key-of-the-gateway"
 
 
 @pytest.fixture(scope="session")
-def only_server() -> Iterator[StandInServer]:
-    server = StandInServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
 def second_server() -> Iterator[StandInServer]:
     server = StandInServer()
     yield server
     server.close()
-
-
-@pytest.fixture
-def server(only_server: StandInServer) -> StandInServer:
-    only_server.forget()
-    return only_server
 
 
 @pytest.fixture
