@@ -15,16 +15,15 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Instead of server.port.")] = None,
 ) -> None:
     """Check the config, prepare the models, then answer requests."""
-    from dataclasses import replace
-
     from polymath.cli.progress import conversion_progress
     from polymath.gateway import load_config, prepare
     from polymath.gateway import serve as run
 
-    file = load_config(config)
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    server = file.settings.server.model_copy(update=given)
-    file = replace(file, settings=file.settings.model_copy(update={"server": server}))
+    given = {"host": host, "port": port}
+    changes: dict[tuple[str, ...], object] = {
+        ("server", name): value for name, value in given.items() if value is not None
+    }
+    file = load_config(config, changes=changes)
     with conversion_progress() as progress:
         prepared = prepare(file, progress)
     run(prepared)

@@ -103,9 +103,11 @@ async def _run(gateway: Gateway, reloader: Reloader) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(_hung_up(reloader)))
     await gateway.load()
-    if not gateway.ready:
+    if gateway.failure is not None:
         return
     await reloader.start()
+    gateway.ready = True
+    logger.info("ready: %s", ", ".join(gateway.catalog))
     await reloader.watch()
 
 
@@ -214,7 +216,7 @@ async def healthz() -> Response:
 
 
 async def readyz(gateway: Shared) -> Response:
-    """The models are loaded."""
+    """Whether this replica answers as it should."""
     if gateway.ready:
         return json_response({"status": "ready"})
     return json_response({"status": "loading"}, status=NotReady.status)

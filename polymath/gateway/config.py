@@ -44,11 +44,13 @@ class ConfigFile:
     Attributes:
         settings: with paths taken from the file's folder.
         lines: key path -> line number, from 1.
+        changes: that were made to the file's values.
     """
 
     path: Path
     settings: Settings
     lines: Mapping[KeyPath, int]
+    changes: Changes
 
     def with_experts(self, experts: Mapping[str, ExpertSettings]) -> "ConfigFile":
         """The same with more experts, whose paths are as they are to be read."""
@@ -66,7 +68,7 @@ def load_config(
     """Read, expand and check a config file. No model is touched yet.
 
     Args:
-        changes: made to the file's values at run time.
+        changes: made to the file's values on the command line or at run time.
     Raises:
         ConfigError: one line for each problem.
     """
@@ -99,7 +101,7 @@ def read_config(
             if not (_has_no_form(detail) and isinstance(detail["input"], dict | list))
         ]
         raise ConfigError(list(dict.fromkeys(found))) from None
-    return ConfigFile(path, settings.located(path.parent), reader.lines)
+    return ConfigFile(path, settings.located(path.parent), reader.lines, changes or {})
 
 
 def _problem(path: Path, lines: Mapping[KeyPath, int], key: KeyPath, message: str) -> str:
@@ -134,14 +136,22 @@ class _Reader:
         """The values of the file with others at some places, or none."""
         changed = copy.deepcopy(values)
         for (*outer, name), value in changes.items():
-            place = changed
+            place: Any = changed
             for part in outer:
-                place = place.setdefault(part, {})
-            if value is None:
-                place.pop(name, None)
+                if place.get(part) is None:
+                    place[part] = {}
+                place = place[part]
+                if not isinstance(place, dict):
+                    break  # which is a problem of the file, and said to be one
             else:
-                place[name] = self._expanded_all(value, (*outer, name))
+                self._change(place, name, value, (*outer, name))
         return changed
+
+    def _change(self, place: dict[str, Any], name: str, value: Any, key: KeyPath) -> None:
+        if value is None:
+            place.pop(name, None)
+        else:
+            place[name] = self._expanded_all(value, key)
 
     def _expanded_all(self, value: Any, key: KeyPath) -> Any:
         if isinstance(value, dict):

@@ -44,12 +44,14 @@ class Gateway:
     Attributes:
         door: lets chat requests in.
         added: adapters that were loaded at run time, by vLLM's endpoint.
+        ready: whether the models are loaded and the changes of the admin API are in force.
     """
 
     def __init__(self, prepared: Prepared, on_failure: Callable[[], None] = lambda: None) -> None:
         self.prepared = prepared
         self.started = int(time.time())
         self.failure: Exception | None = None
+        self.ready = False
         self.added: dict[str, ExpertSettings] = {}
         self._live: Live | None = None
         settings = prepared.settings
@@ -66,11 +68,6 @@ class Gateway:
         self._generations: list[Live] = []
         self._retiring: set[asyncio.Task[None]] = set()
         self._flushing: asyncio.Task[None] | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether the models are loaded."""
-        return self._live is not None
 
     @property
     def live(self) -> Live:
@@ -134,7 +131,6 @@ class Gateway:
             return
         self._flushing = asyncio.create_task(self._flush())
         memory.settle()
-        logger.info("ready: %s", ", ".join(self.catalog))
 
     async def swap(self, live: Live) -> None:
         """Answer with another generation; the old one ends with its last request.

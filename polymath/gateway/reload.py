@@ -50,6 +50,7 @@ class Reloader:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._path = gateway.prepared.config.path
+        self._given = gateway.prepared.config.changes
         self._lock = asyncio.Lock()
         self._seen_file = self._file_state()
         self._seen_revision: bytes | None = None
@@ -161,7 +162,7 @@ class Reloader:
         return live
 
     def _prepared(self, changes: Mapping[tuple[str, ...], Any]) -> Prepared:
-        config = load_config(self._path, os.environ, changes)
+        config = load_config(self._path, os.environ, {**self._given, **changes})
         for name in _fixed_changes(self._gateway.settings, config.settings):
             logger.warning("%s has changed: that takes a restart", name)
         added = {

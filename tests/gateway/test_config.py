@@ -989,3 +989,26 @@ def test_a_line_end_around_a_key_is_a_slip(tmp_path: Path) -> None:
     assert key is not None
     assert key.get_secret_value() == SECRET
     assert SECRET not in repr(key)
+
+
+# --- changes -------------------------------------------------------------------------------------
+
+PORT = {("server", "port"): 8099}
+WITHOUT_SERVER = GOOD.removeprefix("server:\n  port: 8081\n")
+
+
+@pytest.mark.parametrize("section", ["", "server:\n", "server: {port: 8081}\n"])
+def test_a_change_is_put_in_place_of_what_the_file_says(tmp_path: Path, section: str) -> None:
+    file = load_config(write(tmp_path, section + WITHOUT_SERVER), {}, PORT)
+    assert (file.settings.server.port, file.changes) == (8099, PORT)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [("server: 3\n", PORT, "server"), ("", {("server", "port"): 99999}, "server.port")],
+)
+def test_a_change_is_checked_like_the_file(
+    tmp_path: Path, section: str, changes: dict[tuple[str, ...], int], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f": {said}: "):
+        load_config(write(tmp_path, section + WITHOUT_SERVER), {}, changes)

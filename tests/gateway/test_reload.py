@@ -21,7 +21,7 @@ from polymath.gateway.app import Gateway
 from polymath.gateway.protocol import LoadAdapterRequest
 from tests.conftest import serving, write_random_adapter
 from tests.gateway.asking import HELLO, ask, stream, streamed_text, text
-from tests.gateway.running import Running, running, wait_for, write_config
+from tests.gateway.running import ADMIN_KEY, Running, running, wait_for, write_config
 from tests.gateway.test_server import ADDRESS, COMMAND
 from tests.proxy.stand_in import Received, Reply, StandInServer, chunk, completion, events
 from tests.redis_server import RedisServer
@@ -128,6 +128,20 @@ def test_what_takes_a_restart_is_said(
         assert gate.reload().status_code == 200
     assert "server.max_body_bytes has changed: that takes a restart" in caplog.text
     assert "auth has changed: that takes a restart" in caplog.text
+
+
+def test_what_the_command_line_gave_is_kept(
+    tmp_path: Path, text_router: Path, upstream: StandInServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = load_config(
+        write_config(tmp_path, text_router, upstream), {}, {("server", "port"): 8099}
+    )
+    gateway = Gateway(prepare(file))
+    with serving(gateway) as url, caplog.at_level(logging.WARNING):
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        assert httpx.post(f"{url}/admin/reload", headers=headers).status_code == 200
+        assert gateway.settings.server.port == 8099
+    assert "restart" not in caplog.text
 
 
 def test_sighup_reloads_and_never_kills(
