@@ -12,14 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import connection, get_context
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from typing import Any
 
 from polymath.errors import ConfigError
-from polymath.gateway.config import load_config
+from polymath.gateway.config import ConfigFile, load_config
 from polymath.gateway.metrics import MULTIPROCESS
 from polymath.gateway.prepare import Prepared, prepare
-from polymath.gateway.settings import ServerSettings
 
 __all__ = ["Workers"]
 
@@ -42,7 +40,7 @@ class Workers:
     """
 
     def __init__(self, prepared: Prepared, listener: socket.socket, run: Run) -> None:
-        self._path = prepared.config.path
+        self._config = prepared.config
         self._server = prepared.settings.server
         self._listener = listener
         self._run = run
@@ -69,7 +67,7 @@ class Workers:
 
     def _start(self) -> None:
         process = get_context("spawn").Process(
-            target=_work, args=(self._path, self._server, self._listener, self._run)
+            target=_work, args=(self._config, self._listener, self._run)
         )
         process.start()
         self._processes[process] = time.monotonic()
@@ -107,8 +105,17 @@ class Workers:
                 return
 
 
-def _work(path: Path, server: ServerSettings, listener: socket.socket, run: Run) -> None:
+def _work(config: ConfigFile, listener: socket.socket, run: Run) -> None:
     """One worker."""
-    file = load_config(path)
-    file = replace(file, settings=file.settings.model_copy(update={"server": server}))
-    run(prepare(file), listener)
+    run(_prepared(config), listener)
+
+
+def _prepared(config: ConfigFile) -> Prepared:
+    """With the file as it is now, or if that cannot be used as it was when the server started."""
+    try:
+        file = load_config(config.path, changes=config.changes)
+        server = {"server": config.settings.server}
+        return prepare(replace(file, settings=file.settings.model_copy(update=server)))
+    except ConfigError as error:
+        logger.error("the config is as it was: %s", error.message)
+        return prepare(config)
