@@ -10,16 +10,17 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from polymath.errors import PolymathError, StoreUnavailable
-from polymath.gateway.config import load_config
+from polymath.gateway.config import ConfigFile, load_config
 from polymath.gateway.gateway import Gateway
 from polymath.gateway.live import Live, open_live
 from polymath.gateway.prepare import Prepared, prepare
 from polymath.gateway.settings import Settings
 
-__all__ = ["Reloader"]
+__all__ = ["Reloader", "as_started"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,15 @@ class Reloader:
         except OSError:
             return None
         return (found.st_mtime_ns, found.st_ino, found.st_size)
+
+
+def as_started(config: ConfigFile, started: Settings) -> ConfigFile:
+    """With the values of the start where keys are read at the start alone."""
+    values: dict[str, Any] = {name: getattr(started, name) for name in FIXED_WHOLE}
+    for section, names in FIXED.items():
+        fixed = {name: getattr(getattr(started, section), name) for name in names}
+        values[section] = getattr(config.settings, section).model_copy(update=fixed)
+    return replace(config, settings=config.settings.model_copy(update=values))
 
 
 def _fixed_changes(old: Settings, new: Settings) -> Iterator[str]:
