@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,15 @@ COMBINED: dict[str, dict[str, Any]] = {
 """Experts of the session that combine others, beside those of the shipped config."""
 
 START_SECONDS = 120
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes a core, or else their threads wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 
 settings.register_profile("polymath", deadline=None)
 settings.load_profile("polymath")
