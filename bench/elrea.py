@@ -138,6 +138,9 @@ class Bench:
             f"ELREA by K-means, top {TOP_K} without base": lambda rows: self._elrea(
                 rows, TOP_K, *OURS, "kmeans"
             ),
+            f"ELREA by K-means, unscaled, top {TOP_K} without base": lambda rows: self._elrea(
+                rows, TOP_K, *OURS, "kmeans", scaled=False
+            ),
         }
 
     def measure(self, name: str) -> dict[str, float]:
@@ -299,21 +302,29 @@ class Bench:
         base_weight: float = BASE_WEIGHT,
         temperature: float = TEMPERATURE,
         algorithm: Algorithm = "birch",
+        scaled: bool = True,
     ) -> tuple[dict[str, Path], Weights]:
-        adapters, centroids = self.elrea_experts(algorithm)
+        adapters, centroids = self.elrea_experts(algorithm, scaled)
         shares = cluster_weights(self.features(rows, "asked.f16"), centroids, temperature)
         return adapters, chosen(shares, top_k, base_weight)
 
     def elrea_experts(
-        self, algorithm: Algorithm = "birch"
+        self, algorithm: Algorithm = "birch", scaled: bool = True
     ) -> tuple[dict[str, Path], NDArray[np.float32]]:
-        """The adapters of the clusters of gradients and of their base, and the centroids."""
-        members = cluster(self._gradients, CLUSTERS, algorithm, self._seed)
+        """The adapters of the clusters of gradients and of their base, and the centroids.
+
+        Args:
+            scaled: by Adam's moments, as in the paper.
+        """
+        self.training.train_base()  # whose gradients they are
+        known = self._gradients if scaled else self.features(self.rows, "unscaled.f16")
+        members = cluster(known, CLUSTERS, algorithm, self._seed)
         name = "elrea" if algorithm == "birch" else f"elrea-{algorithm}"
-        return self._experts(name, members), centroids_of(self._gradients, members)
+        name = name if scaled else f"{name}-unscaled"
+        return self._experts(name, members), centroids_of(known, members)
 
     def _experts(self, name: str, members: NDArray[np.int64]) -> dict[str, Path]:
-        _ = self._gradients  # the base adapter
+        self.training.train_base()
         self.training.train_experts(members, self._work / name)
         folders = {f"cluster-{c}": expert_folder(self._work / name, c) for c in range(CLUSTERS)}
         return {"base": self.base_folder, **folders}
