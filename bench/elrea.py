@@ -113,6 +113,7 @@ class Bench:
         self.domains = [domain for _, domain in labelled]
         self.recipe = ClusterRecipe(
             clusters=CLUSTERS,
+            preconditioned=True,
             lora=LoraRecipe(train_tokens=TOKENS, max_length=MAX_LENGTH, learning_rate=2e-3),
             seed=seed,
         )

@@ -171,6 +171,9 @@ def train_clusters(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Take the last so many layers; by default all.")
     ] = None,
+    preconditioned: Annotated[
+        bool, typer.Option(help="Take the gradients of the data as Adam would, as in the paper.")
+    ] = True,
     encoder: Annotated[
         str, typer.Option(help="Learns to guess the clusters: package:NAME or a BERT folder.")
     ] = DEFAULT_ENCODER,
@@ -195,6 +198,7 @@ def train_clusters(
         base_share=base_share,
         dimensions=dimensions,
         layers=layers,
+        preconditioned=preconditioned,
         encoder=encoder,
         seed=seed,
     )

@@ -472,6 +472,18 @@ def test_clusters_that_were_found_can_be_served(
     assert checked.endswith("in order; experts: clusters-base, cluster-0, cluster-1\n")
 
 
+def test_gradients_that_are_taken_as_they_are_are_computed_once(
+    tiny_model: Path, tmp_path: Path, chats: list[Path]
+) -> None:
+    encoder = write_tiny_bert(tmp_path / "bert")
+    options = ("--base", tiny_model, "--encoder", str(encoder), "--train-tokens", "200")
+    train = ("train", "clusters", "--data", *chats, "--dimensions", "64", *options)
+    done = polymath(*train, "--out", tmp_path / "found", "--no-preconditioned")
+    assert done.returncode == 0, done.stderr
+    assert "gradient features" in done.stderr
+    assert "gradients of requests" not in done.stderr
+
+
 def test_an_unknown_algorithm_is_one_line(chats: list[Path], tmp_path: Path) -> None:
     args = ("--data", *chats, "--out", tmp_path / "found", "--algorithm", "dbscan")
     (line,) = complaint("train", "clusters", *args)
