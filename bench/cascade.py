@@ -11,14 +11,12 @@ import asyncio
 import json
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.demo import BASE, load_demo
-from bench.gateways import DEMO
+from bench.demo import BASE, POLYMATH, demo_text, load_demo
 from polymath.gateway import open_service
 from polymath.proxy import answer_text
 from polymath.training import is_right
@@ -104,13 +102,13 @@ def _write_config(folder: Path) -> None:
         f"  cascade-{place}: {{kind: cascade, cheap: {BASE}, strong: {STRONG}, judge: {judge}}}\n"
         for place, judge in enumerate(JUDGES.values())
     )
-    text = DEMO.read_text().replace("demo/", f"{DEMO.parent.resolve()}/demo/")
-    (folder / "polymath.yaml").write_text(text.replace("experts:\n", f"experts:\n{cascades}"))
+    (folder / "polymath.yaml").write_text(
+        demo_text().replace("experts:\n", f"experts:\n{cascades}")
+    )
 
 
 def _evaluated(folder: Path, cascade: str, report: Path | None) -> dict[str, Any]:
-    polymath = Path(sys.executable).with_name("polymath")
-    command = [str(polymath), "eval", "cascade", "--config", str(folder / "polymath.yaml")]
+    command = [POLYMATH, "eval", "cascade", "--config", str(folder / "polymath.yaml")]
     command += ["--expert", cascade, "--data", str(folder / "questions.jsonl"), "--json"]
     command += ["--match", "number", "--max-tokens", str(MAX_TOKENS)]
     if report is not None:

@@ -317,7 +317,6 @@ class Bench:
         Args:
             scaled: by Adam's moments, as in the paper.
         """
-        self.training.train_base()  # whose gradients they are
         known = self._gradients if scaled else self.features(self.rows, "unscaled.f16")
         members = cluster(known, CLUSTERS, algorithm, self._seed)
         name = "elrea" if algorithm == "birch" else f"elrea-{algorithm}"
@@ -332,6 +331,7 @@ class Bench:
 
     def features(self, rows: Sequence[ChatRow], file: str) -> NDArray[np.float32]:
         """Projected gradients of requests, kept in a file of the work folder."""
+        self.training.train_base()
         gradients = InstructionGradients(self._folder, self.base_folder, self.recipe, _say)
         return gradients.kept(rows, None, self._work / file, "gradients of requests")
 

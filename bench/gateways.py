@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from bench.canned_upstream import MODEL
+from bench.demo import CONFIG, POLYMATH, demo_text
 
 __all__ = [
     "Running",
@@ -29,8 +30,7 @@ __all__ = [
 
 START_SECONDS = 120
 END_SECONDS = 30
-DEMO = Path("configs/polymath.yaml")
-DEMO_ROUTER = Path("configs/demo/router").resolve()
+DEMO_ROUTER = CONFIG.parent / "demo" / "router"
 MASTER_KEY = "sk-of-this-benchmark-alone"
 RPM, TPM = 100_000_000, 1_000_000_000
 """Limits that are checked and never reached."""
@@ -117,8 +117,7 @@ def demo_gateway(name: str, folder: Path) -> Iterator[Running]:
     """`polymath serve` with the demo's own model and the settings that it has by default."""
     folder.mkdir(exist_ok=True)
     config = folder / "polymath.yaml"
-    text = DEMO.read_text().replace("demo/", f"{DEMO.parent.resolve()}/demo/")
-    config.write_text(f"{text}\nstate_dir: {folder / 'state'}\n")
+    config.write_text(f"{demo_text()}\nstate_dir: {folder / 'state'}\n")
     with _serving(name, config) as running:
         yield running
 
@@ -137,7 +136,7 @@ def redis(folder: Path) -> Iterator[str]:
 def _serving(name: str, config: Path) -> Iterator[Running]:
     key = _new_key(config)
     port = _free_port()
-    command = [_polymath(), "serve", "--config", str(config), "--port", str(port)]
+    command = [POLYMATH, "serve", "--config", str(config), "--port", str(port)]
     with _process(command) as pid:
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/readyz")
@@ -165,14 +164,10 @@ def _process(command: Sequence[str], environment: Mapping[str, str] = {}) -> Ite
 
 def _new_key(config: Path) -> str:
     """A key with limits that are never reached."""
-    command = [_polymath(), "keys", "create", "--config", str(config), "--name", "bench"]
+    command = [POLYMATH, "keys", "create", "--config", str(config), "--name", "bench"]
     command += ["--rpm", str(RPM), "--tpm", str(TPM), "--concurrent", "10000"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return next(word for word in done.stdout.split() if word.startswith("pm-"))
-
-
-def _polymath() -> str:
-    return str(Path(sys.executable).with_name("polymath"))
 
 
 def _wait(url: str) -> None:

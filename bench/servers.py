@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from bench.demo import POLYMATH
 
 __all__ = ["Stream", "llama_server", "polymath_server", "read_stream"]
 
@@ -42,7 +43,7 @@ class Stream:
 def polymath_server(config: Path) -> Iterator[str]:
     """`polymath serve` on a free port; its URL."""
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("polymath")), "serve", "-c", str(config)]
+    command = [POLYMATH, "serve", "-c", str(config)]
     with _running([*command, "--port", str(port)]):
         url = f"http://127.0.0.1:{port}"
         _wait(f"{url}/readyz")

@@ -123,8 +123,11 @@ class AnswerCache:
         wishes = {part.strip().lower() for part in (cache_control or "").split(",")}
         if not self._settings.on or "no-store" in wishes or not _repeatable(body):
             return None
-        given = {name: _plain(value) for name, value in body.items() if value is not None}
-        rest = {name: value for name, value in given.items() if name not in IRRELEVANT}
+        rest = {
+            name: _plain(value)
+            for name, value in body.items()
+            if value is not None and name not in IRRELEVANT
+        }
         *earlier, last = rest.pop("messages")
         text = text_of(last.get("content"))
         known: Any = {

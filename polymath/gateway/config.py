@@ -7,7 +7,7 @@ of the environment can never change the structure of the file. `$${` stands for 
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -111,6 +111,19 @@ def _problem(path: Path, lines: Mapping[KeyPath, int], key: KeyPath, message: st
     return f"{path}:{line}: {name}: {message}" if name else f"{path}:{line}: {message}"
 
 
+def _section(values: dict[str, Any], key: Sequence[str]) -> dict[str, Any]:
+    """The mapping at a key, which is made where there is none.
+
+    Where the file has something else in its place, which is its problem and said to be one, it is a
+    mapping of nothing.
+    """
+    for part in key:
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part] if isinstance(values[part], dict) else {}
+    return values
+
+
 class _Reader:
     """One reading of one file: values, line numbers and problems."""
 
@@ -136,22 +149,12 @@ class _Reader:
         """The values of the file with others at some places, or none."""
         changed = copy.deepcopy(values)
         for (*outer, name), value in changes.items():
-            place: Any = changed
-            for part in outer:
-                if place.get(part) is None:
-                    place[part] = {}
-                place = place[part]
-                if not isinstance(place, dict):
-                    break  # which is a problem of the file, and said to be one
+            place = _section(changed, outer)
+            if value is None:
+                place.pop(name, None)
             else:
-                self._change(place, name, value, (*outer, name))
+                place[name] = self._expanded_all(value, (*outer, name))
         return changed
-
-    def _change(self, place: dict[str, Any], name: str, value: Any, key: KeyPath) -> None:
-        if value is None:
-            place.pop(name, None)
-        else:
-            place[name] = self._expanded_all(value, key)
 
     def _expanded_all(self, value: Any, key: KeyPath) -> Any:
         if isinstance(value, dict):

@@ -12,8 +12,6 @@ __all__ = ["KeyPath", "contradictions", "suggestion"]
 
 KeyPath = tuple[str | int, ...]
 
-NO_ENCODER = "needs a router that has a sentence encoder"
-
 
 def suggestion(given: Any, names: list[str]) -> str:
     """The nearest valid name, or all of them, to be put behind a message."""
@@ -45,13 +43,18 @@ def contradictions(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
     if settings.server.workers > 1 and settings.store == "memory":
         message = "several processes need a store that they share: `store: redis://...`"
         yield ("server", "workers"), message
-    encoderless = settings.router.kind in ("gradient", "rules")
-    if settings.cache.semantic and encoderless:
-        yield ("cache", "semantic"), NO_ENCODER
-    for name, expert in settings.experts.items():
-        if expert.examples and encoderless:
-            yield ("experts", name, "examples"), NO_ENCODER
+    if settings.router.kind in ("gradient", "rules"):
+        yield from _unfit_without_encoder(settings)
     yield from _unfit_router(settings, [*bases, *experts])
+
+
+def _unfit_without_encoder(settings: Settings) -> Iterator[tuple[KeyPath, str]]:
+    message = "needs a router that has a sentence encoder"
+    if settings.cache.semantic:
+        yield ("cache", "semantic"), message
+    for name, expert in settings.experts.items():
+        if expert.examples:
+            yield ("experts", name, "examples"), message
 
 
 def _unfit_router(settings: Settings, everybody: list[str]) -> Iterator[tuple[KeyPath, str]]:

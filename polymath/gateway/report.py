@@ -9,10 +9,12 @@ from typing import Any
 from polymath.gateway.answer_cache import CacheStatus
 from polymath.router import RouteDecision
 
-__all__ = ["REMOTE", "Observer", "Report"]
+__all__ = ["ANSWERED", "CANCELLED", "OFF_TOPIC", "REMOTE", "Observer", "Report"]
 
 REMOTE = frozenset({"upstream", "guided", "cascade"})
 """Kinds of experts whose answers come from elsewhere, or may."""
+ANSWERED, OFF_TOPIC, CANCELLED = "ok", "off_topic", "cancelled"
+"""Outcomes of requests that did not fail; the guard has refused what is off topic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Report:
         expert: who answered in the end, which may be a fallback.
         kind: of that expert.
         cache: how the cache answered; None where it was not asked.
-        outcome: `ok`, `off_topic` (refused by the guard), `cancelled`, or the code of the error.
+        outcome: `ok`, `off_topic`, `cancelled`, or the code of the error.
         started: seconds since 1970.
         routed, first_token, ended: seconds since `started`; None where there was none.
         cost: nanodollars.
@@ -55,6 +57,11 @@ class Report:
     prompt: Any
     keeps_prompt: bool = False
     parent: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the outcome is an error."""
+        return self.outcome not in (ANSWERED, OFF_TOPIC, CANCELLED)
 
     def to_dict(self) -> dict[str, Any]:
         """What is shown of it, without the prompt."""

@@ -94,7 +94,7 @@ class Tracing:
             attributes=dict(self._attributes(report)),
             start_time=_at(report, 0.0),
         )
-        if report.outcome not in ("ok", "off_topic", "cancelled"):
+        if report.failed:
             whole.set_attribute("error.type", report.outcome)
             whole.set_status(Status(StatusCode.ERROR, report.outcome))
         inside = set_span_in_context(whole)

@@ -24,7 +24,14 @@ from polymath.gateway.completion import (
 )
 from polymath.gateway.folding import Folding
 from polymath.gateway.live import Live
-from polymath.gateway.report import REMOTE, Observer, Report
+from polymath.gateway.report import (
+    ANSWERED,
+    CANCELLED,
+    OFF_TOPIC,
+    REMOTE,
+    Observer,
+    Report,
+)
 from polymath.gateway.request_limits import check_request, estimated_tokens
 from polymath.gateway.topic_guard import Refusal, guard_of, off_topic
 from polymath.proxy import Answering, Body, Events, notes_of, wants_usage
@@ -34,8 +41,6 @@ __all__ = ["Door", "Visit"]
 
 NANODOLLARS_PER_TOKEN = 1000
 """Of a price of one dollar for a million tokens."""
-CANCELLED = "cancelled"
-OFF_TOPIC = "off_topic"
 
 
 class Door:
@@ -261,7 +266,7 @@ class Visit:
             await self._live.cache.keep(self._query, reply)
 
     def _answered(self) -> str:
-        return OFF_TOPIC if isinstance(self._answering, Refusal) else "ok"
+        return OFF_TOPIC if isinstance(self._answering, Refusal) else ANSWERED
 
     def _late(self) -> DeadlineExceeded:
         seconds = self._deadline - self._arrival.clock

@@ -16,8 +16,23 @@ UNUSED = {
         {"clusters", "share", "min_confidence", "out_of_scope", "combine", "margin", "sticky"}
     ),
     "hybrid": frozenset({"combine", "margin"}),
-    "rules": frozenset({"path", "threads", "top_k", "min_confidence", "out_of_scope", "combine"})
-    | frozenset({"clusters", "base_weight", "temperature", "share", "distil", "margin", "sticky"}),
+    "rules": frozenset(
+        {
+            "path",
+            "clusters",
+            "base_weight",
+            "temperature",
+            "share",
+            "distil",
+            "min_confidence",
+            "out_of_scope",
+            "combine",
+            "margin",
+            "top_k",
+            "sticky",
+            "threads",
+        }
+    ),
 }
 """Keys that a kind of router does not read."""
 

@@ -21,7 +21,17 @@ from tests.conftest import serving
 from tests.gateway.asking import HELLO, user
 from tests.proxy.stand_in import StandInServer
 
-__all__ = ["ADMIN_KEY", "CODING", "LAW", "MATH", "Running", "running", "wait_for", "write_config"]
+__all__ = [
+    "ADMIN_KEY",
+    "CODING",
+    "LAW",
+    "MATH",
+    "Running",
+    "change",
+    "running",
+    "wait_for",
+    "write_config",
+]
 
 ADMIN_KEY = "the-admin-key"
 LAW, CODING, MATH = ([user(text)] for text in ("What is the law?", "sort a list", "2 + 2 = ?"))
@@ -51,6 +61,16 @@ def wait_for(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
+
+
+def change(config: Path, old: str, new: str) -> str:
+    """Exchange a text in the file, as an editor does; the text before."""
+    before = config.read_text()
+    assert old in before
+    fresh = config.with_suffix(".new")
+    fresh.write_text(before.replace(old, new, 1))
+    fresh.replace(config)
+    return before
 
 
 def write_config(

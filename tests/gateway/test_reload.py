@@ -21,7 +21,7 @@ from polymath.gateway.app import Gateway
 from polymath.gateway.protocol import LoadAdapterRequest
 from tests.conftest import serving, write_random_adapter
 from tests.gateway.asking import HELLO, ask, stream, streamed_text, text
-from tests.gateway.running import ADMIN_KEY, Running, running, wait_for, write_config
+from tests.gateway.running import ADMIN_KEY, Running, change, running, wait_for, write_config
 from tests.gateway.test_server import ADDRESS, COMMAND
 from tests.proxy.stand_in import Received, Reply, StandInServer, chunk, completion, events
 from tests.redis_server import RedisServer
@@ -45,16 +45,6 @@ def running_gateway(
 ) -> Iterator[Running]:
     with running(write_config(tmp_path, text_router, upstream), upstream) as gate:
         yield gate
-
-
-def change(config: Path, old: str, new: str) -> str:
-    """Exchange a text in the file, as an editor does; the text before."""
-    before = config.read_text()
-    assert old in before
-    fresh = config.with_suffix(".new")
-    fresh.write_text(before.replace(old, new, 1))
-    fresh.replace(config)
-    return before
 
 
 def models(url: str) -> set[str]:

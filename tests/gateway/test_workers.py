@@ -18,7 +18,7 @@ import pytest
 
 from polymath.gateway import ConfigFile, Prepared, load_config, workers
 from polymath.gateway.reload import as_started
-from tests.gateway.running import ADMIN_KEY, wait_for
+from tests.gateway.running import ADMIN_KEY, change, wait_for
 from tests.gateway.test_server import ADDRESS, COMMAND
 from tests.proxy.stand_in import Reply, StandInServer, completion
 from tests.redis_server import RedisServer
@@ -155,14 +155,6 @@ def command_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""
-
-
-def change(config: Path, old: str, new: str) -> str:
-    """Exchange a text in the file; the text before."""
-    before = config.read_text()
-    assert old in before
-    config.write_text(before.replace(old, new))
-    return before
 
 
 def write(folder: Path, upstream: StandInServer, store: str) -> Path:
